@@ -1,0 +1,70 @@
+# make demo and make test need Python 3.11+ with venv, and nothing else: they set up .venv by themselves.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all check format clean
+
+help:
+	@echo 'make demo      try the tunnel on this machine: server, client and a small backend, until Ctrl-C'
+	@echo 'make test      the quick tests, on both QUIC engines'
+	@echo 'make test-all  every test, the slow ones too'
+	@echo 'make check     lint, format, types, and which module may import which'
+	@echo 'make format    let ruff put the format right'
+	@echo 'make clean     remove .venv and what tools left behind'
+	@echo 'Another Python: make demo PYTHON=/path/to/python3.12. More flags: make demo ARGS=--once'
+
+demo: $(VENV)/.installed
+	@$(BIN)/quictunnel demo $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/pytest -n 2 -m 'not slow' $(ARGS)
+
+# The slow ones measure time and memory: nothing may run beside them.
+test-all: $(VENV)/.installed-dev
+	$(BIN)/pytest -n 2 -m 'not slow' $(ARGS)
+	$(BIN)/pytest -m slow --timeout 600 $(ARGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/unit/test_floors.py
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find quictunnel tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The fast extra has native code: where it cannot be had, the tunnel runs without it.
+$(VENV)/.installed: pyproject.toml | $(VENV)/.made
+	@echo 'installing quictunnel into $(VENV)'
+	@$(INSTALL) --editable '.[fast]' || { \
+	    echo 'the fast extra (qh3, uvloop) cannot be installed here: going on without it'; \
+	    $(INSTALL) --editable .; }
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/.made
+	@echo 'installing quictunnel and its development tools into $(VENV)'
+	@$(INSTALL) --editable '.[dev,fast]' || { \
+	    echo 'the fast extra (qh3, uvloop) cannot be installed here: going on without it'; \
+	    $(INSTALL) --editable '.[dev]'; }
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.made:
+	@for python in '$(PYTHON)' python3 python3.14 python3.13 python3.12 python3.11; do \
+	    if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	        "$$python" -c 'import ensurepip, venv' 2>/dev/null || { \
+	            echo "quictunnel: $$python has no venv module (on Debian: apt install python3-venv)" >&2; exit 1; }; \
+	        rm -rf $(VENV) && "$$python" -m venv $(VENV) && touch $@ && exit 0; \
+	        exit 1; \
+	    fi; \
+	done; \
+	echo 'quictunnel: Python 3.11 or newer is needed; name one with: make PYTHON=/path/to/python3' >&2; exit 1
