@@ -1,0 +1,70 @@
+"""What every test may rely on: its own home, a quiet log, and the QUIC engines that are installed."""
+
+import asyncio
+import importlib.util
+import os
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from loguru import logger
+
+ENGINES = ("aioquic", "qh3")
+
+
+def _engine(*names: str) -> object:
+    """A parameter of one or more engines, skipped where one of them is missing."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    marks = [pytest.mark.skip(reason=f"{missing[0]} is not installed")] if missing else []
+    return pytest.param(names if len(names) > 1 else names[0], marks=marks, id="-".join(names))
+
+
+@pytest.fixture(params=[_engine(name) for name in ENGINES])
+def engine(request: pytest.FixtureRequest) -> str:
+    """Each QUIC engine in turn, on both sides."""
+    name = request.param
+    assert isinstance(name, str)
+    return name
+
+
+@pytest.fixture(params=[_engine(server, client) for server in ENGINES for client in ENGINES])
+def engines(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """Each pair of QUIC engines in turn: the server's, the client's."""
+    server, client = request.param
+    return server, client
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home directory, and no option set from outside: tests must not depend on whose machine it is."""
+    directory = tmp_path_factory.mktemp("home")
+    for name in list(os.environ):
+        if name.startswith(("QUICTUNNEL_", "XDG_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(directory))
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def log_lines() -> Iterator[list[str]]:
+    """What is logged, as ``LEVEL message``; nothing goes to the terminal."""
+    lines: list[str] = []
+    logger.remove()
+    sink = logger.add(
+        lambda message: lines.append(str(message).rstrip("\n")), level="TRACE", format="{level} {message}"
+    )
+    yield lines
+    # A test may have set up the log anew, and so removed this sink already.
+    if sink in logger._core.handlers:  # type: ignore[attr-defined]
+        logger.remove(sink)
+
+
+@pytest.fixture
+async def no_task_left() -> AsyncIterator[None]:
+    """Fail a test that leaves a task behind. Named as the first fixture, it looks when all others are gone."""
+    before = asyncio.all_tasks()
+    yield
+    for _ in range(10):  # done callbacks and cancellations take some turns of the loop, not time
+        await asyncio.sleep(0)
+    left = {task for task in asyncio.all_tasks() - before - {asyncio.current_task()} if not task.done()}
+    assert not left, f"tasks left behind: {left}"

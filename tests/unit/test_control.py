@@ -1,0 +1,105 @@
+import json
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quictunnel.wire.codec import FrameType, push_varint
+from quictunnel.wire.control import (
+    MESSAGE_LIMIT,
+    Authority,
+    ControlDecoder,
+    ControlMessage,
+    Credit,
+    Drain,
+    Grow,
+    Hello,
+    Refuse,
+    Unknown,
+    Welcome,
+    encode_control,
+    encode_credit,
+)
+from quictunnel.wire.errors import ProtocolError
+
+MESSAGES: list[ControlMessage] = [
+    Hello(1, "app", "s" * 32, "qtk_x", 3, "quictunnel/0.1.0", ["a"]),
+    Welcome("app", ["http://app.localhost:8080"], 8, "x", []),
+    Refuse("token_unknown", "no such token", True, None),
+    Refuse("limit", "later", False, 2.5),
+    Grow(4),
+    Drain(),
+    Authority("-----BEGIN", ""),
+    Unknown("dance"),
+]
+
+
+def frame(payload: bytes) -> bytes:
+    return push_varint(FrameType.CONTROL) + push_varint(len(payload)) + payload
+
+
+@given(st.lists(st.sampled_from([*MESSAGES, Credit(5, 1 << 40)]), max_size=6), st.integers(1, 40))
+def test_messages_come_back_however_their_bytes_are_split(messages: list[ControlMessage | Credit], step: int) -> None:
+    data = b"".join(
+        encode_credit(each.stream, each.limit) if isinstance(each, Credit) else encode_control(each)
+        for each in messages
+    )
+    decoder = ControlDecoder()
+    found = [message for at in range(0, len(data), step) for message in decoder.feed(data[at : at + step])]
+    assert found == messages
+
+
+def test_unknown_members_are_ignored_and_an_unknown_type_is_named() -> None:
+    decoder = ControlDecoder()
+    assert decoder.feed(frame(b'{"type":"grow","links":2,"colour":"red"}')) == [Grow(2)]
+    assert decoder.feed(frame(b'{"type":"dance","links":[]}')) == [Unknown("dance")]
+    assert decoder.feed(push_varint(0x21) + b"\x01x" + encode_control(Grow(1))) == [Grow(1)]
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"", b"{", b"[]", b"1", b"null", b"{}", b'{"type":1}', b'{"type":"grow"}', b'{"type":"grow","links":"2"}',
+        b'{"type":"grow","links":-1}', b'{"type":"grow","links":true}', b'{"type":"grow","links":1e999}',
+        b'{"type":"hello","version":1,"tunnel":null,"session":"s","token":"t"}', b"\xff\xfe",
+        b'{"type":"welcome","tunnel":"a","urls":[1]}', b'{"type":"welcome","tunnel":"a","urls":"x"}',
+        b'{"type":"refuse","code":"a","text":"b","final":1}',
+        b'{"type":"refuse","code":"a","text":"b","retry_after":NaN}', b"[" * 50_000, b"9" * 10_000,
+    ],
+)  # fmt: skip
+def test_a_message_that_is_not_one_is_a_protocol_error(payload: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        ControlDecoder().feed(frame(payload))
+
+
+@pytest.mark.parametrize("payload", [b"", b"\x01", b"\x01\x02\x03", b"\x01\xc0"])
+def test_credit_that_is_not_two_integers_is_a_protocol_error(payload: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        ControlDecoder().feed(push_varint(FrameType.CREDIT) + push_varint(len(payload)) + payload)
+
+
+def test_a_message_over_the_limit_is_refused_before_it_is_collected() -> None:
+    with pytest.raises(ProtocolError, match="over the limit"):
+        ControlDecoder().feed(push_varint(FrameType.CONTROL) + push_varint(MESSAGE_LIMIT + 1))
+
+
+@given(st.binary(max_size=100))
+def test_garbage_gives_a_protocol_error_and_nothing_else(data: bytes) -> None:
+    with suppress(ProtocolError):
+        ControlDecoder().feed(data)
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.text(max_size=5)
+members = st.sampled_from(["version", "tunnel", "session", "token", "link", "links", "urls", "code", "text", "final"])
+objects = st.dictionaries(members, scalars | st.lists(scalars))
+
+
+@given(objects, st.sampled_from(["hello", "welcome", "refuse", "grow", "drain", "authority", "unknown"]))
+def test_any_members_give_a_message_or_a_protocol_error(content: dict[str, object], kind: str) -> None:
+    with suppress(ProtocolError):
+        ControlDecoder().feed(frame(json.dumps({**content, "type": kind}).encode()))
+
+
+def test_a_token_does_not_show_in_a_message_that_is_printed() -> None:
+    assert "secret" not in repr(Hello(1, "a", "s", "secret-token"))

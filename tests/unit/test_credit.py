@@ -1,0 +1,94 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quictunnel.wire.credit import INITIAL_WINDOW, MAXIMUM_WINDOW, ReceiveCredit, SendCredit, WindowBudget
+from quictunnel.wire.errors import ProtocolError
+
+
+def test_a_sender_stops_at_its_limit_and_goes_on_when_it_is_raised() -> None:
+    credit = SendCredit()
+    assert credit.spend(INITIAL_WINDOW + 5) == INITIAL_WINDOW
+    assert credit.spend(1) == 0
+    assert credit.raise_limit(INITIAL_WINDOW + 3)
+    assert credit.spend(10) == 3
+
+
+def test_a_limit_never_falls() -> None:
+    credit = SendCredit()
+    assert not credit.raise_limit(1)
+    assert credit.limit == INITIAL_WINDOW
+
+
+def test_an_absurd_limit_counts_up_to_the_largest_window() -> None:
+    credit = SendCredit()
+    credit.spend(100)
+    assert credit.raise_limit(2**62 - 1)
+    assert credit.limit == 100 + MAXIMUM_WINDOW
+
+
+def test_a_sender_past_its_limit_is_a_protocol_error() -> None:
+    credit = ReceiveCredit(WindowBudget(0))
+    credit.receive(INITIAL_WINDOW)
+    with pytest.raises(ProtocolError, match="under a limit"):
+        credit.receive(1)
+
+
+def test_a_small_answer_needs_no_grant() -> None:
+    credit = ReceiveCredit(WindowBudget(0))
+    credit.receive(INITIAL_WINDOW // 2 - 1)
+    assert credit.grant(0.0, 0.01) is None
+
+
+def test_a_window_doubles_while_half_of_it_goes_in_less_than_two_round_trips() -> None:
+    budget = WindowBudget(100 * MAXIMUM_WINDOW)
+    credit = ReceiveCredit(budget)
+    now = 0.0
+    windows = []
+    for _ in range(10):
+        credit.receive(credit.limit - credit.received)
+        credit.grant(now, 0.1)
+        windows.append(credit.window)
+        now += 0.15
+    assert windows[0] == INITIAL_WINDOW
+    assert windows[1] == 2 * INITIAL_WINDOW
+    assert windows[-1] == MAXIMUM_WINDOW
+    assert budget.total - budget.left == MAXIMUM_WINDOW - INITIAL_WINDOW
+    credit.release()
+    credit.release()
+    assert budget.left == budget.total
+
+
+@pytest.mark.parametrize("round_trip", [None, 0.01])
+def test_a_window_stays_where_the_path_is_slow_or_not_known(round_trip: float | None) -> None:
+    credit = ReceiveCredit(WindowBudget(MAXIMUM_WINDOW))
+    for turn in range(5):
+        credit.receive(credit.limit - credit.received)
+        credit.grant(turn * 1.0, round_trip)
+    assert credit.window == INITIAL_WINDOW
+
+
+def test_a_window_stays_when_the_budget_of_the_process_is_spent() -> None:
+    credit = ReceiveCredit(WindowBudget(INITIAL_WINDOW - 1))
+    for turn in range(5):
+        credit.receive(credit.limit - credit.received)
+        credit.grant(turn * 0.001, 1.0)
+    assert credit.window == INITIAL_WINDOW
+
+
+@given(st.lists(st.tuples(st.integers(1, 2_000_000), st.booleans()), max_size=60), st.integers(0, 8 * MAXIMUM_WINDOW))
+def test_no_more_is_under_way_than_the_window(steps: list[tuple[int, bool]], total: int) -> None:
+    budget = WindowBudget(total)
+    sender, receiver = SendCredit(), ReceiveCredit(budget)
+    untaken = 0
+    for number, (size, takes) in enumerate(steps):
+        sent = sender.spend(size)
+        receiver.receive(sent)
+        untaken += sent
+        assert untaken <= receiver.window
+        if takes:
+            untaken = 0
+            limit = receiver.grant(number * 0.01, 0.1)
+            if limit is not None:
+                sender.raise_limit(limit)
+    assert budget.total - budget.left == receiver.window - INITIAL_WINDOW
