@@ -1,0 +1,453 @@
+"""One QUIC connection of a session: its streams, its control stream, its timer, and one transmit for a whole burst.
+
+A link is fed datagrams and turns the library's events into frames on stream legs. Whatever wants to be sent marks its
+leg as dirty; one flush at the end of the event loop's turn writes all of them and sends the packets, so the frames of
+many streams share a packet.
+"""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from math import inf
+from typing import Any, Final
+
+from loguru import logger
+
+from quictunnel.quic.engine import Connection, Engine
+from quictunnel.quic.stream import StreamLeg
+from quictunnel.wire.control import ControlDecoder, ControlMessage, Credit, Unknown, encode_control, encode_credit
+from quictunnel.wire.credit import WindowBudget
+from quictunnel.wire.errors import ErrorCode, ProtocolError, TunnelError
+from quictunnel.wire.frames import RequestHead
+
+__all__ = ["SLOTS", "Link", "LinkClosed", "LinkOwner"]
+
+# qh3 lets a peer have 100 streams open, aioquic 128, neither can be told otherwise.
+SLOTS: Final = 100
+
+# A link asks for the round trip this often while credit is granted on it, in seconds.
+_PROBE_EVERY: Final = 1.0
+
+# So many small frames fill a packet. Waiting for more in a long turn saves nothing, and keeps the other end idle until
+# all are there: both ends would take turns instead of working side by side.
+_BURST: Final = 8
+
+HEAD_LIMIT: Final = 256 * 1024
+"bytes of an encoded field section; the HTTP legs have limits of their own, far below"
+
+
+class LinkClosed(Exception):
+    """The link ended before what was asked of it: ``code`` is QUIC's error code, 0 for an orderly end."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        self.code = code
+        self.reason = reason
+        super().__init__(code, reason)
+
+    def __str__(self) -> str:
+        return self.reason or f"QUIC error {self.code:#x}"
+
+
+class LinkOwner:
+    """What a link tells the one who made it. Each call may close the link."""
+
+    def link_ready(self, link: "Link") -> None:
+        """The handshake is complete."""
+
+    def link_control(self, link: "Link", message: ControlMessage) -> None:
+        """A message came on the control stream."""
+
+    def link_request(self, link: "Link", leg: StreamLeg, head: RequestHead) -> RequestHead:
+        """The peer opened a stream: join ``leg`` or abort it; the head that is returned is handed to its peer next."""
+        leg.abort(TunnelError(ErrorCode.NOT_ACCEPTED))
+        return head
+
+    def link_refused(self, link: "Link") -> None:
+        """The peer's host says that nobody listens there."""
+
+    def link_slot_free(self, link: "Link", leg: StreamLeg) -> None:
+        """The stream of ``leg``, one of ours, ended."""
+
+    def link_closed(self, link: "Link", why: LinkClosed) -> None:
+        """The link is gone; its exchanges have been aborted."""
+
+
+class Link:
+    """One QUIC connection, either end."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        connection: Connection,
+        send: Callable[[bytes, Any], None],
+        owner: LinkOwner,
+        budget: WindowBudget,
+        *,
+        is_client: bool,
+    ) -> None:
+        self.engine = engine
+        self.is_client = is_client
+        self.budget = budget
+        self.owner = owner
+        self.session: Any = None  # the owner's, to find its own again
+        self.address: Any = None  # where the peer's last datagram came from
+
+        # for as long as the connection lives
+        self._connection = connection
+        self._send = send
+        self._loop = asyncio.get_running_loop()
+        self._control_in = ControlDecoder()
+        self._control_out: list[bytes] = []
+        self._legs: dict[int, StreamLeg] = {}
+        # Streams that ended here before the peer had ended its direction: what still comes on them opens nothing. At
+        # most as many as the peer may have open.
+        self._deaf: set[int] = set()
+        self._opened = 0
+        self.active = 0  # slots of ours in use
+        self.ready = False
+        self.draining = False  # no new exchange may start on it
+        self.closed: LinkClosed | None = None
+        self.terminated = False  # the library has nothing more to send either
+        self.on_terminated: Callable[[Link], None] = lambda link: None
+        self.on_connection_id: Callable[[Link, bytes, bool], None] = lambda link, cid, issued: None
+        self._error: tuple[int, str] | None = None
+
+        # liveness, in seconds of the loop's clock
+        self.heard_at = self._loop.time()
+        self.refused = False  # ICMP said that nobody listens at the peer's port; what comes from the peer refutes it
+        self.round_trip: float | None = None
+        self._pings: dict[int, float] = {}
+        self._ping_count = 0
+        self._pinged_at = 0.0
+
+        # for one turn of the loop
+        self._dirty: list[StreamLeg] = []
+        self._flushing = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else "ready" if self.ready else "handshake"
+        return f"<Link {'client' if self.is_client else 'server'} {state} active={self.active} of {SLOTS}>"
+
+    @property
+    def connection_id(self) -> bytes:
+        """The id that this end chose for the connection first."""
+        return self._connection.host_cid
+
+    @property
+    def exchanges(self) -> int:
+        """How many exchanges are under way."""
+        return len(self._legs)
+
+    def silent_for(self) -> float:
+        """Seconds since the peer was heard; endless when its host says that nobody listens."""
+        return inf if self.refused else self._loop.time() - self.heard_at
+
+    # What others ask of a link
+
+    def connect(self, address: Any) -> None:
+        """Begin the handshake with the server at ``address``."""
+        self.address = address
+        self._connection.connect(address, now=self._loop.time())
+        self.schedule()
+
+    def has_slot(self) -> bool:
+        """Whether one more stream of ours may be opened now."""
+        return (
+            self.active < SLOTS
+            and self.ready
+            and not self.draining
+            and self.closed is None
+            and self.engine.may_open(self._connection, self._opened)
+        )
+
+    def attach(self, leg: StreamLeg) -> None:
+        """Give one of our slots to ``leg``; its stream is opened by the first flush that has bytes for it."""
+        self.active += 1
+        self._opened += 1
+        leg.attached(self)
+
+    def send_control(self, message: ControlMessage) -> None:
+        """Say ``message`` on the control stream."""
+        self._control_out.append(encode_control(message))
+        self.schedule()
+
+    def grant(self, leg: StreamLeg, limit: int) -> None:
+        """Tell the peer the new limit of the direction that ``leg`` receives."""
+        self._control_out.append(encode_credit(leg.stream_id, limit))
+        now = self._loop.time()
+        if now - self._pinged_at > _PROBE_EVERY:
+            self.ping()
+        self.schedule()
+
+    def ping(self) -> None:
+        """Ask for a sign of life; ``round_trip`` and ``heard_at`` change when it comes."""
+        if self.closed is not None or not self.ready:
+            return
+        self._pinged_at = now = self._loop.time()
+        self._ping_count += 1
+        if len(self._pings) > 64:
+            self._pings.clear()
+        self._pings[self._ping_count] = now
+        try:
+            self._connection.send_ping(self._ping_count)
+        except Exception as error:
+            self._broken(error)
+        self.schedule()
+
+    def close(self, code: int = ErrorCode.NO_ERROR, reason: str = "") -> None:
+        """End the link now: what is under way on it is aborted."""
+        if self.closed is None:
+            self.flush()  # what was said before the end is still sent
+            try:
+                self._connection.close(error_code=code, reason_phrase=reason)
+            except Exception as error:
+                logger.debug("= {!r}: close: {!r}", self, error)
+            self._lost(LinkClosed(code, reason))
+            self.flush()
+
+    def abandon(self, why: LinkClosed) -> None:
+        """Drop a link whose peer cannot be told."""
+        self._lost(why)
+        self._terminate()
+
+    # Sending
+
+    def wake(self, leg: StreamLeg) -> None:
+        """``leg`` has something to send."""
+        if len(self._dirty) >= _BURST:
+            self.flush()
+        self._dirty.append(leg)
+        self.schedule()
+
+    def schedule(self) -> None:
+        """There are packets to send."""
+        if not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self.flush)
+
+    def open_stream(self, leg: StreamLeg) -> int:
+        """The id of a new stream; bytes must be written to it before anything else happens."""
+        stream_id = self._connection.get_next_available_stream_id()
+        self._legs[stream_id] = leg
+        return stream_id
+
+    def cut_stream(self, stream_id: int, code: int, *, sending: bool, receiving: bool) -> None:
+        """RESET_STREAM and STOP_SENDING, where those directions are still open."""
+        # The libraries refuse, each in its own way, for a direction that has ended in the meantime: it then needs
+        # nothing more.
+        if sending:
+            with suppress(AssertionError, ValueError, RuntimeError):
+                self._connection.reset_stream(stream_id, code)
+        if receiving:
+            with suppress(AssertionError, ValueError, RuntimeError):
+                self._connection.stop_stream(stream_id, code)
+        self.schedule()
+
+    def release(self, leg: StreamLeg) -> None:
+        """``leg`` has ended: its slot is free."""
+        self._legs.pop(leg.stream_id, None)
+        if self.is_client:
+            if leg.may_receive:
+                self._deaf.add(leg.stream_id)
+        else:
+            self.active -= 1
+            if leg.stream_id < 0:
+                self._opened -= 1  # it ended before its stream was opened
+            self.owner.link_slot_free(self, leg)
+
+    def flush(self) -> None:
+        """Write what the dirty legs hold and send all packets that may go."""
+        self._flushing = False
+        if self.terminated:
+            self._dirty.clear()
+            return
+        try:
+            self._flush()
+        except Exception as error:
+            self._broken(error)
+
+    def _flush(self) -> None:
+        connection = self._connection
+        if self.closed is None:
+            if self._dirty:
+                dirty, self._dirty = self._dirty, []
+                for leg in dirty:
+                    leg.flush(connection)
+            if self._control_out and self.ready:
+                connection.send_stream_data(0, b"".join(self._control_out))
+                self._control_out.clear()
+        now = self._loop.time()
+        send = self._send
+        for data, address in connection.datagrams_to_send(now=now):
+            send(data, address)
+        self._arm(connection.get_timer(), now)
+
+    def _arm(self, at: float | None, now: float) -> None:
+        # Every packet moves the library's timer, nearly always to later: a handle that fires too early asks again,
+        # which is cheaper than a cancelled handle for every burst.
+        timer = self._timer
+        if timer is not None:
+            if at is not None and at >= self._timer_at:
+                return
+            timer.cancel()
+            self._timer = None
+        if at is not None:
+            self._timer_at = at
+            self._timer = self._loop.call_at(max(at, now), self._timer_fired)
+
+    def _timer_fired(self) -> None:
+        self._timer = None
+        if self.terminated:
+            return
+        try:
+            at = self._connection.get_timer()
+            now = self._loop.time()
+            if at is not None and at <= now + 0.001:
+                self._connection.handle_timer(now=max(at, now))
+                self._events()
+                self.schedule()
+            else:
+                self._arm(at, now)
+        except Exception as error:
+            self._broken(error)
+
+    # Receiving
+
+    def datagram_received(self, data: bytes, address: Any) -> None:
+        """Take a datagram of this connection."""
+        if self.terminated:
+            return
+        self.heard_at = now = self._loop.time()
+        self.refused = False
+        self.address = address
+        try:
+            self._connection.receive_datagram(data, address, now=now)
+            self._events()
+        except Exception as error:
+            self._broken(error)
+        self.schedule()
+
+    def _events(self) -> None:
+        events = self.engine.events
+        next_event = self._connection.next_event
+        while (event := next_event()) is not None:
+            kind = type(event)
+            if kind is events.StreamDataReceived:
+                if self.closed is None:
+                    self._stream_data(event.stream_id, event.data, event.end_stream)
+            elif kind is events.PingAcknowledged:
+                self._ping_acknowledged(event.uid)
+            elif kind is events.StreamReset:
+                self._stream_cut(event.stream_id, event.error_code, True)
+            elif kind is events.StopSendingReceived:
+                self._stream_cut(event.stream_id, event.error_code, False)
+            elif kind is events.HandshakeCompleted:
+                self.ready = True
+                self.owner.link_ready(self)
+            elif kind is events.ConnectionIdIssued:
+                self.on_connection_id(self, event.connection_id, True)
+            elif kind is events.ConnectionIdRetired:
+                self.on_connection_id(self, event.connection_id, False)
+            elif kind is events.ConnectionTerminated:
+                self._lost(LinkClosed(event.error_code, event.reason_phrase))
+                self._terminate()
+                return
+
+    def _stream_data(self, stream_id: int, data: bytes, fin: bool) -> None:
+        leg = self._legs.get(stream_id)
+        if leg is not None:
+            leg.data_received(data, fin)
+        elif stream_id == 0:
+            self._control(data, fin)
+        elif self.is_client and stream_id & 3 == 1:
+            if stream_id in self._deaf:
+                if fin:
+                    self._deaf.discard(stream_id)
+                return
+            leg = StreamLeg(self.budget, HEAD_LIMIT, is_opener=False)
+            leg.stream_id = stream_id
+            self._legs[stream_id] = leg
+            leg.attached(self)
+            leg.data_received(data, fin)
+        elif not self.is_client and stream_id & 3 == 1:
+            return  # the rest of an exchange that has ended here
+        else:
+            self.close(ErrorCode.FRAME_ERROR, f"stream {stream_id} must not be opened by the peer")
+
+    def _stream_cut(self, stream_id: int, code: int, was_reset: bool) -> None:
+        leg = self._legs.get(stream_id)
+        if leg is not None:
+            leg.cut_received(code, was_reset)
+        elif was_reset:
+            self._deaf.discard(stream_id)
+
+    def _control(self, data: bytes, fin: bool) -> None:
+        try:
+            messages = self._control_in.feed(data)
+        except ProtocolError as error:
+            self.close(ErrorCode.FRAME_ERROR, str(error))
+            return
+        for message in messages:
+            if self.closed is not None:
+                return
+            if type(message) is Credit:
+                leg = self._legs.get(message.stream)
+                if leg is not None:
+                    leg.credit_received(message.limit)
+            elif type(message) is Unknown:
+                self._answer_unknown(message)
+            else:
+                self.owner.link_control(self, message)  # type: ignore[arg-type]
+        if fin:
+            self.close(ErrorCode.FRAME_ERROR, "the control stream was ended")
+
+    def _answer_unknown(self, message: Unknown) -> None:
+        # Never answer an answer: its type is known to both.
+        logger.debug("= {!r}: control message of unknown type {!r}", self, message.of)
+        self.send_control(message)
+
+    def _ping_acknowledged(self, uid: int) -> None:
+        then = self._pings.pop(uid, None)
+        if then is not None:
+            sample = self._loop.time() - then
+            # RFC 9002 section 5.3's weight, on samples that are far apart.
+            self.round_trip = sample if self.round_trip is None else 0.75 * self.round_trip + 0.25 * sample
+
+    # Ending
+
+    def _broken(self, error: Exception) -> None:
+        if isinstance(error, self.engine.connection_error):
+            # The peer has closed the connection: qh3 tells whoever uses it, and as an event only when it has drained.
+            self._lost(LinkClosed(ErrorCode.NO_ERROR, f"the link is closed ({error})"))
+            return
+        # The library's own failure, or ours in an event handler: this link ends, the others and the process go on.
+        logger.opt(exception=error).error("{!r}: {!r}", self, error)
+        # What can still be said is that it is over: a peer that is not told waits for its idle time-out.
+        with suppress(Exception):
+            self._connection.close(error_code=ErrorCode.INTERNAL_ERROR, reason_phrase="internal error")
+            for data, address in self._connection.datagrams_to_send(now=self._loop.time()):
+                self._send(data, address)
+        self.abandon(LinkClosed(ErrorCode.INTERNAL_ERROR, f"{type(error).__name__}: {error}"))
+
+    def _lost(self, why: LinkClosed) -> None:
+        if self.closed is not None:
+            return
+        self.closed = why
+        legs, self._legs = list(self._legs.values()), {}
+        for leg in legs:
+            leg.link_lost()
+        for leg in self._dirty:
+            leg.link_lost()
+        self._dirty.clear()
+        self.owner.link_closed(self, why)
+
+    def _terminate(self) -> None:
+        if self.terminated:
+            return
+        self.terminated = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self.on_terminated(self)

@@ -1,0 +1,213 @@
+"""The server's UDP socket: packets to their links, links for new clients, an address check when many knock at once."""
+
+import asyncio
+import os
+import socket
+from typing import Any, Final, cast
+
+from loguru import logger
+
+from quictunnel.quic.engine import (
+    CONNECTION_ID_LENGTH,
+    Engine,
+    InitialHeader,
+    RetryTokens,
+    ServerIdentity,
+    parse_long_header,
+    retry_packet,
+    version_negotiation_packet,
+)
+from quictunnel.quic.link import Link, LinkOwner
+from quictunnel.quic.sockets import DATAGRAM_SIZE, enlarge_buffers
+from quictunnel.wire.credit import WindowBudget
+from quictunnel.wire.errors import ErrorCode
+
+__all__ = ["RETRY_MODES", "LinkListener"]
+
+RETRY_MODES: Final = ("auto", "always", "never")
+
+# With ``auto``, so many handshakes may be under way before a client has to prove its address first: facts of
+# aioquic's door are 88 kB of memory and three times the bytes back for each unproved one.
+_HALF_OPEN_BEFORE_RETRY: Final = 64
+
+_SMALLEST_INITIAL: Final = 1200
+"bytes (RFC 9000 section 14.1)"
+
+HANDSHAKE_TIME: Final = 10.0
+"seconds that a handshake and the hello after it may take"
+
+
+class LinkListener(asyncio.DatagramProtocol):
+    """Accepts links on one UDP socket."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        identity: ServerIdentity,
+        owner: LinkOwner,
+        budget: WindowBudget,
+        *,
+        retry: str = "auto",
+    ) -> None:
+        """Raises OSError and ValueError for an identity that cannot be used."""
+        if retry not in RETRY_MODES:
+            raise ValueError(f"there is no retry mode {retry!r}: choose one of {', '.join(RETRY_MODES)}")
+        self.engine = engine
+        self.owner = owner
+        self.budget = budget
+        self._retry = retry
+        self._tokens = RetryTokens()
+        self._configuration = engine.server_configuration(identity, DATAGRAM_SIZE)
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.DatagramTransport | None = None
+        self._links: dict[bytes, Link] = {}  # by each connection id
+        self._ids: dict[Link, set[bytes]] = {}
+        self._half_open: dict[Link, float] = {}  # since when
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    async def start(self, host: str, port: int, *, reuse_port: bool = False) -> tuple[str, int]:
+        """Bind; returns the address bound. Raises OSError."""
+        found = await self._loop.getaddrinfo(host, port, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = found[0]
+        sock = socket.socket(family, socket.SOCK_DGRAM)
+        try:
+            sock.setblocking(False)
+            if reuse_port:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            enlarge_buffers(sock)
+            sock.bind(address)
+        except BaseException:
+            sock.close()
+            raise
+        await self._loop.create_datagram_endpoint(lambda: self, sock=sock)
+        self._sweep()
+        bound = sock.getsockname()
+        return bound[0], bound[1]
+
+    @property
+    def links(self) -> list[Link]:
+        """Every link there is, whatever its state."""
+        return list(self._ids)
+
+    def replace_identity(self, identity: ServerIdentity) -> None:
+        """Show another certificate to new links. Raises OSError and ValueError, and then changes nothing."""
+        self._configuration = self.engine.server_configuration(identity, DATAGRAM_SIZE)
+
+    def close(self) -> None:
+        """Close every link and the socket. A QUIC peer that misses the goodbye learns from its pings."""
+        for link in self.links:
+            link.close(ErrorCode.NO_ERROR, "the server stops")
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
+        if self._transport is not None:
+            self._transport.close()
+        for link in self.links:
+            link.abandon(link.closed)  # type: ignore[arg-type]
+
+    # asyncio
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.DatagramTransport, transport)
+
+    def error_received(self, exc: Exception) -> None:
+        logger.debug("= QUIC socket: {!r}", exc)
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        if not data:
+            return
+        if data[0] & 0x80:
+            self._long_header(data, addr)
+            return
+        # A short header is its connection id's place (RFC 9000 section 17.3.1); this is every packet but the first few.
+        link = self._links.get(data[1 : 1 + CONNECTION_ID_LENGTH])
+        if link is not None:
+            link.datagram_received(data, addr)
+
+    # A client's first packets
+
+    def _long_header(self, data: bytes, address: Any) -> None:
+        header = parse_long_header(data)
+        if header is None:
+            return
+        link = self._links.get(header.destination_cid)
+        if link is not None:
+            link.datagram_received(data, address)
+            return
+        if header.version != 1:
+            # A Version Negotiation packet is never answered, or two servers could be set upon each other; and only a
+            # datagram that could have begun a connection is (RFC 9000 section 6.1).
+            if not header.is_version_negotiation and len(data) >= _SMALLEST_INITIAL:
+                self._send(version_negotiation_packet(header), address)
+            return
+        if header.is_initial and len(data) >= _SMALLEST_INITIAL and len(header.destination_cid) >= 8:
+            self._first_initial(data, header, address)
+
+    def _first_initial(self, data: bytes, header: InitialHeader, address: Any) -> None:
+        now = self._loop.time()
+        original_cid, retry_cid = header.destination_cid, None
+        if not header.token and self._must_prove_address():
+            new_cid = os.urandom(CONNECTION_ID_LENGTH)
+            token = self._tokens.create(address, header, new_cid, now)
+            self._send(retry_packet(header, new_cid, token), address)
+            return
+        if header.token:
+            try:
+                original_cid = self._tokens.original_cid(address, header, now)
+            except ValueError:
+                return
+            retry_cid = header.destination_cid
+        link = Link(
+            self.engine,
+            self.engine.accept(self._configuration, original_cid, retry_cid),
+            self._send,
+            self.owner,
+            self.budget,
+            is_client=False,
+        )
+        link.on_connection_id = self._connection_id
+        link.on_terminated = self._terminated
+        self._half_open[link] = now
+        self._ids[link] = set()
+        self._connection_id(link, header.destination_cid, True)
+        self._connection_id(link, link.connection_id, True)
+        link.datagram_received(data, address)
+
+    def _must_prove_address(self) -> bool:
+        if self._retry == "always" or self.engine.needs_retry:
+            return True
+        return self._retry == "auto" and len(self._half_open) >= _HALF_OPEN_BEFORE_RETRY
+
+    def _connection_id(self, link: Link, cid: bytes, issued: bool) -> None:
+        ids = self._ids.get(link)
+        if ids is None:
+            return
+        if issued:
+            ids.add(cid)
+            self._links[cid] = link
+        else:
+            ids.discard(cid)
+            self._links.pop(cid, None)
+
+    def accepted(self, link: Link) -> None:
+        """The link's client has proved itself: its handshake is no longer on the clock."""
+        self._half_open.pop(link, None)
+
+    def _terminated(self, link: Link) -> None:
+        self._half_open.pop(link, None)
+        for cid in self._ids.pop(link, ()):
+            self._links.pop(cid, None)
+
+    def _sweep(self) -> None:
+        self._sweeper = self._loop.call_later(1.0, self._sweep)
+        late = self._loop.time() - HANDSHAKE_TIME
+        for link, since in list(self._half_open.items()):
+            if since > late:
+                break
+            del self._half_open[link]
+            link.close(ErrorCode.REQUEST_TIMEOUT, "no hello came in time")
+
+    def _send(self, data: bytes, address: Any) -> None:
+        transport = self._transport
+        if transport is not None and not transport.is_closing():
+            transport.sendto(data, address)
