@@ -1,0 +1,34 @@
+"""What visitors may ask of the public side."""
+
+from dataclasses import dataclass
+
+__all__ = ["VisitorLimits"]
+
+
+@dataclass(frozen=True, slots=True)
+class VisitorLimits:
+    """Bounds on what one visitor, and all of them together, can hold. Times are looked at about once a second."""
+
+    head_size: int = 64 * 1024
+    "bytes of a request line and header section, of a trailer section, and of what is kept of the requests that follow"
+
+    head_fields: int = 128
+    "fields of a header or trailer section"
+
+    target_length: int = 8192
+    "bytes of a request target"
+
+    head_time: float = 15.0
+    "seconds for a head to arrive, from the connection's first moment or the head's first byte"
+
+    idle_time: float = 75.0
+    "seconds that a connection is kept between two requests, and that a half-closed upgraded one may be silent"
+
+    body_idle_time: float = 60.0
+    "seconds of silence within an upload while it is not held back"
+
+    write_idle_time: float = 300.0
+    "seconds in which a visitor takes none of what is waiting for it; kernels buffer megabytes, so slow is not silent"
+
+    connections: int = 10_000
+    "visitor connections at a time; those beyond are told so and closed"

@@ -1,0 +1,179 @@
+"""The public side: sockets that visitors come in by, and all their connections together."""
+
+import asyncio
+import ipaddress
+import ssl
+from collections.abc import Callable, Iterable
+from email.utils import formatdate
+from typing import Final, TypeAlias
+
+from quictunnel.http.limits import VisitorLimits
+from quictunnel.http.visitor_connection import VisitorConnection
+from quictunnel.http.visitor_leg import VisitorLeg
+from quictunnel.wire.fields import Forwarding
+from quictunnel.wire.frames import RequestHead
+
+__all__ = ["OpenExchange", "VisitorLeg", "VisitorLimits", "VisitorListener"]
+
+OpenExchange: TypeAlias = Callable[[RequestHead, VisitorLeg], None]
+"Joins the leg to another one, or aborts it; hands over nothing. See ``visitor_leg``."
+
+_Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+# Longest time, in seconds, between two looks at the deadlines; it is also how old a Date may be.
+_SWEEP: Final = 1.0
+# How many connections beyond the limit are told so; those beyond that are only closed.
+_TOLD: Final = 256
+_BACKLOG: Final = 2048
+
+
+class VisitorListener:
+    """Listens for visitors, and owns their connections."""
+
+    in_flight: int
+    "exchanges under way"
+
+    def __init__(
+        self,
+        open_exchange: OpenExchange,
+        limits: VisitorLimits,
+        trusted_proxies: Iterable[_Network] = (),
+        on_done: Callable[[VisitorLeg], None] = lambda leg: None,
+    ) -> None:
+        """Make it within a running event loop.
+
+        ``on_done`` is called once for each leg when its exchange is over; the leg of bytes that were refused before
+        they were a request has no head, and ``open_exchange`` never saw it.
+        """
+        self._open_exchange = open_exchange
+        self.limits = limits
+        self.in_flight = 0
+        self._on_done = on_done
+        self.draining = False
+        self.date = b""
+        self.loop = asyncio.get_running_loop()
+        self._trusted = tuple(trusted_proxies)
+        self._servers: list[asyncio.Server] = []
+        self._connections: set[VisitorConnection] = set()
+        self._unflushed: list[VisitorConnection] = []
+        self._empty = asyncio.Event()
+        self._empty.set()
+        times = (limits.head_time, limits.idle_time, limits.body_idle_time, limits.write_idle_time)
+        self._interval = min(_SWEEP, min(times) / 4)
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._sweep()
+
+    def __repr__(self) -> str:
+        return f"<VisitorListener {len(self._connections)} connections{' draining' if self.draining else ''}>"
+
+    def __len__(self) -> int:
+        """How many connections there are."""
+        return len(self._connections)
+
+    async def start(
+        self, host: str, port: int, *, ssl: ssl.SSLContext | None = None, reuse_port: bool = False
+    ) -> list[tuple[str, int]]:
+        """Listen on one more address; the addresses bound, more than one for a host that has several.
+
+        Raises OSError for an address that cannot be bound.
+        """
+        server = await self.loop.create_server(
+            lambda: VisitorConnection(self),
+            host,
+            port,
+            ssl=ssl,
+            backlog=_BACKLOG,
+            reuse_port=reuse_port or None,
+            ssl_handshake_timeout=self.limits.head_time if ssl is not None else None,
+        )
+        self._servers.append(server)
+        return [sock.getsockname()[:2] for sock in server.sockets]
+
+    def drain(self) -> None:
+        """Accept no more, and let each connection's current exchange be its last; idle ones are closed now."""
+        self.draining = True
+        for server in self._servers:
+            server.close()
+        for connection in list(self._connections):
+            connection.drain()
+
+    async def wait_idle(self, grace: float) -> bool:
+        """Wait up to ``grace`` seconds for the last connection to be gone; whether it is."""
+        try:
+            async with asyncio.timeout(grace):
+                await self._empty.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Cut what is left, at once."""
+        self.drain()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
+        for connection in list(self._connections):
+            connection.abort()
+
+    # What connections tell
+
+    def forwarding(self, address: str, scheme: bytes) -> Forwarding:
+        """What backends are told of a connection from ``address``."""
+        return Forwarding(address, scheme, trusted=bool(self._trusted) and self._is_trusted(address))
+
+    def admit(self, connection: VisitorConnection) -> bool:
+        """Count a new connection in; False if it is one too many, and has to be told."""
+        connections = self._connections
+        connections.add(connection)
+        self._empty.clear()
+        if len(connections) > self.limits.connections + _TOLD:
+            connection.abort()
+        return len(connections) <= self.limits.connections
+
+    def forget(self, connection: VisitorConnection) -> None:
+        """A connection is gone."""
+        self._connections.discard(connection)
+        if not self._connections:
+            self._empty.set()
+
+    def begin(self, head: RequestHead, leg: VisitorLeg) -> None:
+        """A request has come."""
+        self.in_flight += 1
+        self._open_exchange(head, leg)
+
+    def done(self, leg: VisitorLeg) -> None:
+        """An exchange is over."""
+        if leg.head is not None:
+            self.in_flight -= 1
+        self._on_done(leg)
+
+    def flush_soon(self, connection: VisitorConnection) -> None:
+        """Flush a connection at the end of the loop's turn: one callback for all of them."""
+        if not self._unflushed:
+            self.loop.call_soon(self._flush)
+        self._unflushed.append(connection)
+
+    def _flush(self) -> None:
+        connections, self._unflushed = self._unflushed, []
+        for connection in connections:
+            connection.flushed()
+
+    def _sweep(self) -> None:
+        self._sweeper = self.loop.call_later(self._interval, self._sweep)
+        self.date = formatdate(usegmt=True).encode("ascii")
+        now = self.loop.time()
+        for connection in list(self._connections):
+            if now >= connection.deadline or now >= connection.write_deadline:
+                connection.expire(now)
+            else:
+                connection.look_if_held()
+
+    def _is_trusted(self, address: str) -> bool:
+        try:
+            ip = ipaddress.ip_address(address.partition("%")[0])
+        except ValueError:
+            return False
+        if isinstance(ip, ipaddress.IPv6Address):
+            # A dual-stack socket shows an IPv4 visitor so.
+            ip = ip.ipv4_mapped or ip
+        return any(ip in network for network in self._trusted)

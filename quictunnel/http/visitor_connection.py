@@ -1,0 +1,443 @@
+"""A visitor's connection: bytes in and out, time limits and endings.
+
+One exchange runs at a time. What a visitor sends beyond the request under way is kept as bytes, up to ``head_size``;
+then nothing more is read until the answer is done, nor is a further request looked at while the visitor does not read
+the answers it has.
+
+Endings, gentlest first:
+
+    close     after a complete answer to a complete request
+    linger    the answer is complete and the visitor still sends: say so by a half-close, and read on for a moment,
+              because closing would make the kernel send a reset, and that can destroy the answer before it is read
+              (RFC 9112 section 9.6)
+    cut       the answer is incomplete: an end in its middle shows that, except where the end of the connection is the
+              end of the body; there it is a reset
+
+A visitor that goes away is known by its reset or the end of its bytes, so at once while bytes are read. While they are
+not, because the backend holds an upload back, a reset is looked for once a second. After a half-close see
+``departure``.
+"""
+
+import asyncio
+from math import inf
+from typing import TYPE_CHECKING, Final, cast
+
+from quictunnel.http.departure import Departure
+from quictunnel.http.door import DoorParser, Request
+from quictunnel.http.pages import error_page
+from quictunnel.http.visitor_leg import VisitorLeg
+from quictunnel.http.visitor_output import VisitorOutput
+from quictunnel.wire.errors import ErrorCode, TunnelError
+from quictunnel.wire.fields import Forwarding, end_to_end
+from quictunnel.wire.frames import RequestHead
+
+if TYPE_CHECKING:
+    from quictunnel.http.visitor import VisitorListener
+
+__all__ = ["VisitorConnection"]
+
+# How long, in seconds, and for how many bytes a visitor is listened to after the last answer.
+_LINGER_TIME: Final = 2.0
+_LINGER_SIZE: Final = 1024 * 1024
+_GONE: Final = "The visitor went away."
+
+
+class VisitorConnection(VisitorOutput):
+    """One TCP or TLS connection of a visitor."""
+
+    __slots__ = (
+        "_advancing",
+        "_body_held",
+        "_departure",
+        "_eof",
+        "_forwarding",
+        "_leg",
+        "_linger_left",
+        "_lingering",
+        "_listener",
+        "_opaque",
+        "_opaque_ended",
+        "_opaque_size",
+        "_parser",
+        "_pending",
+        "_reading",
+        "_scheme",
+        "deadline",
+    )
+
+    def __init__(self, listener: "VisitorListener") -> None:
+        super().__init__(listener)
+        # for as long as the connection lives
+        self._parser = DoorParser(listener.limits)
+        self._forwarding = cast(Forwarding, None)
+        self._scheme = b"http"
+        self.deadline = inf
+
+        # what the visitor may still send
+        self._reading = True
+        self._eof = False
+        self._pending = b""
+        self._body_held = False
+        self._advancing = False
+
+        # the exchange under way
+        self._leg: VisitorLeg | None = None
+        self._departure: Departure | None = None  # of a visitor that half-closed
+        self._opaque = False
+        self._opaque_ended = False  # the peer has said its End
+        self._opaque_size = 0  # bytes that had passed when the time was last looked at
+
+        # the end
+        self._lingering = False
+        self._linger_left = _LINGER_SIZE
+
+    def __repr__(self) -> str:
+        state = "closing" if self._closing else "opaque" if self._opaque else "busy" if self._leg else "idle"
+        return f"<VisitorConnection {self._forwarding.client if self._forwarding else ''} {state}>"
+
+    # What the transport tells
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # asyncio and uvloop switch Nagle's algorithm off themselves.
+        self._transport = cast(asyncio.Transport, transport)
+        listener = self._listener
+        if transport.get_extra_info("sslcontext") is not None:
+            self._scheme = b"https"
+        peer = transport.get_extra_info("peername")
+        self._forwarding = listener.forwarding(peer[0] if isinstance(peer, tuple) else "", self._scheme)
+        self.deadline = self._loop.time() + listener.limits.head_time
+        if not listener.admit(self) and not transport.is_closing():
+            self._refuse(TunnelError(ErrorCode.CONNECTION_LIMIT_REACHED, "There are too many connections now."))
+
+    def data_received(self, data: bytes) -> None:
+        leg = self._leg
+        if self._opaque and leg is not None:
+            leg.hand_body(data)
+        elif self._lingering:
+            self._linger_left -= len(data)
+            if self._linger_left < 0:
+                self.abort()
+        elif self._pending or self._must_wait:
+            self._keep(data)
+        elif not self._closing:
+            self._advance(data)
+
+    def eof_received(self) -> bool:
+        """Whether the connection stays open for writing."""
+        self._eof = True
+        leg = self._leg
+        if self._closing or self._scheme == b"https":
+            return False  # a TLS connection ends as a whole
+        if leg is None:
+            return bool(self._pending)
+        if self._opaque:
+            leg.hand_end([])
+            if self._opaque_ended and self._leg is not None:
+                self._finish_opaque(leg)
+            else:
+                self._watch_opaque()
+            return not self._closing
+        if not self._parser.complete:
+            leg.cancel(TunnelError(ErrorCode.CANCELLED, "The visitor went away within its request."))
+            self._cut(leg)
+            return False
+        self._departure = Departure(self, leg)
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._closing = True
+        self.discard()
+        self._pending = b""
+        leg = self._leg
+        if leg is not None:
+            leg.cancel(TunnelError(ErrorCode.CANCELLED, _GONE))
+            self._leave(leg)
+        self._parser.close()
+        self._listener.forget(self)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._leg is not None:
+            self._leg.peer.pause()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._leg is not None:
+            self._leg.peer.resume()
+        else:
+            self._continue()
+
+    # Requests
+
+    @property
+    def _must_wait(self) -> bool:
+        """Whether what comes now belongs to a request whose turn has not come."""
+        return self._write_paused if self._leg is None else self._parser.complete
+
+    def _advance(self, data: bytes) -> None:
+        self._advancing = True
+        while data:
+            data = self._step(data)
+        self._advancing = False
+        if self._eof and self._leg is None and not self._pending:
+            self._close()
+
+    def _step(self, data: bytes) -> bytes:
+        """Read up to the end of one request; what is left is for the next step."""
+        parser = self._parser
+        was_idle = parser.complete
+        try:
+            rest = parser.feed(data)
+        except TunnelError as error:
+            self._refuse(error)
+            return b""
+        if parser.request is not None:
+            self._open(parser.request)
+        elif was_idle:
+            self.deadline = self._loop.time() + self._listener.limits.head_time
+        self._hand_over()
+        if self._closing:
+            return b""
+        if rest and self._must_wait:
+            self._keep(rest)
+            return b""
+        return rest
+
+    def _open(self, request: Request) -> None:
+        """Begin an exchange."""
+        forwarding = self._forwarding
+        fields = forwarding.apply(end_to_end(request.fields), request.authority, request.version)
+        if request.protocol:
+            # A length of 0; the bytes after the 101 are no body.
+            fields = [field for field in fields if field[0] != b"content-length"]
+        head = RequestHead(
+            request.method,
+            self._scheme,
+            request.authority,
+            request.target,
+            fields,
+            request.body or bool(request.protocol),
+            request.protocol,
+        )
+        leg = self._leg = VisitorLeg(self, forwarding.client, self._loop.time())
+        leg.begin(head, request.host, request.version, keep_alive=request.keep_alive)
+        leg.tunnel_header = request.tunnel
+        self.deadline = inf
+        if self._eof:
+            self._departure = Departure(self, leg)
+        self._listener.begin(head, leg)
+        leg.peer.receive(head)
+
+    def _hand_over(self) -> None:
+        parser, leg = self._parser, self._leg
+        body = parser.take_body()
+        if leg is None:
+            return
+        if body:
+            leg.hand_body(body)
+            if self._leg is not leg:
+                return
+        if not parser.complete:
+            self._watch_body()
+            return
+        self.deadline = inf
+        if self._body_held:
+            self._update_reading()
+        assert leg.head is not None
+        if not leg.head.protocol:
+            leg.hand_end(parser.trailers)
+
+    def _keep(self, data: bytes) -> None:
+        self._pending += data
+        self._update_reading()
+
+    def _continue(self) -> None:
+        """Go on with what was kept, if its turn has come."""
+        if self._pending and not self._advancing and not self._closing and not self._must_wait:
+            data, self._pending = self._pending, b""
+            self._update_reading()
+            self._advance(data)
+
+    def _refuse(self, error: TunnelError) -> None:
+        """Answer bytes that are no request, or no longer one."""
+        leg = self._leg
+        if leg is None:
+            leg = self._leg = VisitorLeg(self, self._forwarding.client, self._loop.time())
+        leg.cancel(error)
+        self.fail(leg)
+
+    # What the leg tells
+
+    @property
+    def may_persist(self) -> bool:
+        """Whether another exchange may follow, as far as the server is concerned."""
+        return not self._listener.draining and (not self._eof or bool(self._pending))
+
+    def hold_body(self, held: bool) -> None:
+        """Stop or go on reading the request's body."""
+        self._body_held = held
+        if not self._parser.complete:
+            self._watch_body()
+        self._update_reading()
+
+    def finish(self, leg: VisitorLeg, *, keep_alive: bool) -> None:
+        """The answer is complete."""
+        self.flush()
+        self._leave(leg)
+        if leg.head is None or not self._parser.complete:
+            self._linger()
+        elif keep_alive and self.may_persist:
+            self.deadline = self._loop.time() + self._listener.limits.idle_time
+            self._continue()
+        elif self._pending:
+            self._linger()
+        else:
+            self._close()
+
+    def fail(self, leg: VisitorLeg) -> None:
+        """The exchange failed: answer with ``leg.error`` if no byte of another answer has been written, else cut."""
+        leg.detach()
+        error = leg.error
+        assert error is not None
+        if self.committed:
+            self._cut(leg)
+            return
+        self.discard()
+        keep_alive = leg.keep_alive and self.may_persist and self._parser.complete
+        head = leg.head
+        page, size = error_page(
+            error,
+            b",".join([value for name, value in head.fields if name == b"accept"]) if head else b"",
+            self.date,
+            version=leg.version,
+            keep_alive=keep_alive,
+            with_body=head is None or head.method != b"HEAD",
+        )
+        leg.status = error.fault.status
+        leg.bytes_out = size
+        self.send_soon(page)
+        self.finish(leg, keep_alive=keep_alive)
+
+    def become_opaque(self, leg: VisitorLeg) -> None:
+        """A 101 has passed: what was kept, and all that follows, is for the peer."""
+        self._opaque = True
+        self.flush()
+        early, self._pending = self._pending, b""
+        self._update_reading()
+        if early:
+            leg.hand_body(early)
+        if self._eof:
+            leg.hand_end([])
+            self._watch_opaque()
+
+    def end_opaque(self, leg: VisitorLeg) -> None:
+        """The peer has said all it had to say after a 101."""
+        self.flush()
+        self._opaque_ended = True
+        if self._eof:
+            self._finish_opaque(leg)
+        elif self._transport.can_write_eof():
+            self._transport.write_eof()
+            self._watch_opaque()
+        else:
+            leg.hand_end([])
+            self._finish_opaque(leg)
+
+    # Endings
+
+    def drain(self) -> None:
+        """Close if no request is under way; otherwise the one under way is the last."""
+        if self._leg is None and not self._pending and self._parser.complete and not self._closing:
+            self._close()
+
+    def _leave(self, leg: VisitorLeg) -> None:
+        self._leg = None
+        self.committed = self._opaque = False
+        self._body_held = False
+        if self._departure is not None:
+            self._departure.cancel()
+            self._departure = None
+        leg.leave()
+        self._listener.done(leg)
+        if not self._closing:
+            self._update_reading()
+
+    def _cut(self, leg: VisitorLeg) -> None:
+        reset = leg.ends_with_connection
+        self._closing = True
+        self._leave(leg)
+        self.drop(reset=reset)
+
+    def _finish_opaque(self, leg: VisitorLeg) -> None:
+        self._leave(leg)
+        self._close()
+
+    def _close(self) -> None:
+        if not self._closing:
+            self._closing = True
+            self.deadline = inf
+            self._watch_writes()
+            self._transport.close()
+
+    def _linger(self) -> None:
+        if self._eof or not self._transport.can_write_eof():
+            self._close()
+            return
+        self._closing = self._lingering = True
+        self._pending = b""
+        self._update_reading()
+        self.deadline = self._loop.time() + _LINGER_TIME
+        self._watch_writes()
+        self._transport.write_eof()
+
+    # Time limits, and visitors that are gone
+
+    def expire(self, now: float) -> None:
+        """A deadline has passed; ``now`` is the event loop's time."""
+        if now >= self.write_deadline:
+            self._expire_writes()
+        elif self._lingering:
+            if not self._transport.get_write_buffer_size():
+                self.abort()
+        elif self._opaque:
+            self._expire_opaque()
+        elif self._leg is not None:
+            self._refuse(TunnelError(ErrorCode.REQUEST_TIMEOUT, "The request's body stopped coming."))
+        elif self._parser.in_head:
+            self._refuse(TunnelError(ErrorCode.REQUEST_TIMEOUT))
+        else:
+            self._close()
+
+    def look_if_held(self) -> None:
+        """While nothing is read, a visitor's reset shows in no other way."""
+        if not self._reading and self.is_reset:
+            self.abort()
+
+    def _watch_body(self) -> None:
+        self.deadline = inf if self._body_held else self._loop.time() + self._listener.limits.body_idle_time
+
+    def _watch_opaque(self) -> None:
+        """One direction is closed: the other may not stay silent for ever."""
+        if self._leg is not None:
+            self._opaque_size = self._leg.bytes_in + self._leg.bytes_out
+            self.deadline = self._loop.time() + self._listener.limits.idle_time
+
+    def _expire_opaque(self) -> None:
+        leg = self._leg
+        if leg is not None and leg.bytes_in + leg.bytes_out == self._opaque_size:
+            leg.cancel(TunnelError(ErrorCode.CANCELLED, "The half-closed connection was silent for too long."))
+            self._cut(leg)
+        else:
+            self._watch_opaque()
+
+    def _update_reading(self) -> None:
+        """Read unless the peer holds an unfinished request back, or too much is kept."""
+        held = self._body_held and (self._opaque or not self._parser.complete)
+        reading = self._lingering or not (held or len(self._pending) >= self._listener.limits.head_size)
+        if reading == self._reading or self._transport.is_closing():
+            return
+        self._reading = reading
+        if reading:
+            self._transport.resume_reading()
+        else:
+            self._transport.pause_reading()

@@ -1,0 +1,153 @@
+"""What a visitor still gets: one side of its connection, which knows nothing of requests.
+
+An answer's head, its first body bytes and its end leave in one write if they come in one turn of the event loop, and at
+the end of that turn otherwise. What the visitor does not take is bounded by pausing whoever writes, and in time.
+"""
+
+import asyncio
+import socket
+import struct
+from math import inf
+from typing import TYPE_CHECKING, Final, cast
+
+if TYPE_CHECKING:
+    from quictunnel.http.visitor import VisitorListener
+    from quictunnel.http.visitor_connection import VisitorConnection
+
+__all__ = ["VisitorOutput"]
+
+# Bytes that are not kept for the end of the turn: copying more together costs more than another write.
+_WRITE_SIZE: Final = 64 * 1024
+# SO_LINGER on, with no time: closing sends a reset (socket(7)).
+_RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
+
+
+class VisitorOutput(asyncio.Protocol):
+    """The writing half of a visitor's connection."""
+
+    __slots__ = (
+        "_closing",
+        "_listener",
+        "_loop",
+        "_out",
+        "_out_size",
+        "_scheduled",
+        "_transport",
+        "_write_paused",
+        "_write_size",
+        "committed",
+        "write_deadline",
+    )
+
+    committed: bool
+    "bytes of the current exchange's final answer have been written"
+    write_deadline: float
+    "when the visitor must have taken something, in seconds of the event loop's clock"
+
+    def __init__(self, listener: "VisitorListener") -> None:
+        self._listener = listener
+        self._loop = listener.loop
+        self._transport: asyncio.Transport = cast(asyncio.Transport, None)
+        self._closing = False  # nothing more will be written
+
+        self._out: list[bytes] = []
+        self._out_size = 0
+        self._scheduled = False
+        self.committed = False
+
+        self._write_paused = False
+        self._write_size = 0  # bytes in the transport's buffer when they were last looked at
+        self.write_deadline = inf
+
+    @property
+    def date(self) -> bytes:
+        """The time now, as Date has it."""
+        return self._listener.date
+
+    # Writing
+
+    def send_soon(self, *parts: bytes) -> None:
+        """Write these bytes of the final answer by the end of the loop's turn."""
+        self._out += parts
+        self._out_size += sum(map(len, parts))
+        if self._out_size >= _WRITE_SIZE:
+            self.flush()
+        elif not self._scheduled:
+            self._scheduled = True
+            self._listener.flush_soon(cast("VisitorConnection", self))
+
+    def send_now(self, data: bytes) -> None:
+        """Write bytes that are not of the final answer."""
+        if not self._closing:
+            self._transport.write(data)
+
+    def flush(self) -> None:
+        """Write what is waiting."""
+        out = self._out
+        if out and not self._closing:
+            self._out = []
+            self._out_size = 0
+            self.committed = True
+            self._transport.write(b"".join(out))
+
+    def flushed(self) -> None:
+        """The loop's turn is over."""
+        self._scheduled = False
+        self.flush()
+
+    def discard(self) -> None:
+        """Forget what is waiting."""
+        self._out.clear()
+        self._out_size = 0
+
+    # Visitors that do not read
+
+    def pause_writing(self) -> None:
+        self._write_paused = True
+        self._watch_writes()
+
+    def resume_writing(self) -> None:
+        self._write_paused = False
+        self.write_deadline = inf
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the visitor is to take something before it gets more."""
+        return self._write_paused
+
+    def _watch_writes(self) -> None:
+        """Give the visitor until ``write_deadline`` to take some of what is in the transport's buffer."""
+        self._write_size = self._transport.get_write_buffer_size()
+        if self._write_size:
+            self.write_deadline = self._loop.time() + self._listener.limits.write_idle_time
+
+    def _expire_writes(self) -> None:
+        size = self._write_size
+        self._watch_writes()
+        if not self._write_size:
+            self.write_deadline = inf
+        elif self._write_size >= size:
+            self.abort()
+
+    # Endings
+
+    def abort(self) -> None:
+        """Close without another word; ``connection_lost`` tells whoever needs to know."""
+        self._transport.abort()
+
+    def drop(self, *, reset: bool) -> None:
+        """Close within an answer; by a ``reset``, which also destroys what is still on its way, or not."""
+        if reset and (sock := self._socket) is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        self._transport.abort()
+
+    @property
+    def is_reset(self) -> bool:
+        """Whether the visitor has sent a reset, seen or not."""
+        sock = self._socket
+        return sock is not None and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
+
+    @property
+    def _socket(self) -> socket.socket | None:
+        found: socket.socket | None = self._transport.get_extra_info("socket")
+        return found
