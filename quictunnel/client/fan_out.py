@@ -1,0 +1,53 @@
+"""FanOut: each stream that the server opens goes to the backend at once, whatever the others do."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from quictunnel.exchange import Leg, join
+from quictunnel.quic.stream import StreamLeg
+from quictunnel.wire.frames import RequestHead
+
+__all__ = ["Backend", "FanOut", "HostRule", "host_rule"]
+
+HostRule = Callable[[RequestHead], RequestHead]
+
+
+class Backend(Protocol):
+    """Whatever a client forwards to."""
+
+    @property
+    def name(self) -> str:
+        """For logs."""
+
+    @property
+    def authority(self) -> str:
+        """The Host of its own, for ``--host-header backend``."""
+
+    def open(self) -> Leg:
+        """A leg for one exchange: join it, then hand it the head."""
+
+    async def aclose(self, grace: float = ...) -> None:
+        """End everything within ``grace`` seconds."""
+
+
+def host_rule(rule: str, backend_authority: str) -> HostRule | None:
+    """What ``--host-header`` asks for: ``preserve`` the visitor's Host, send the ``backend``'s own, or a value."""
+    if rule == "preserve":
+        return None
+    authority = (backend_authority if rule == "backend" else rule).encode("ascii")
+    return lambda head: head._replace(authority=authority)
+
+
+class FanOut:
+    """Joins streams to backend legs."""
+
+    def __init__(self, backend: Backend, rule: HostRule | None = None) -> None:
+        self.backend = backend
+        self._rule = rule
+        self.count = 0
+
+    def open_exchange(self, head: RequestHead, leg: StreamLeg) -> RequestHead:
+        """Join ``leg`` to a new leg of the backend; the head that is returned goes to it next."""
+        self.count += 1
+        join(leg, self.backend.open())
+        return head if self._rule is None else self._rule(head)

@@ -1,0 +1,214 @@
+"""The gate where clients register: hello, token, name; then welcome or a refusal that says why."""
+
+import asyncio
+import base64
+import hashlib
+from collections.abc import Callable
+from datetime import datetime
+from typing import Final
+
+from loguru import logger
+
+from quictunnel import __version__
+from quictunnel.quic.link import Link, LinkClosed, LinkOwner
+from quictunnel.quic.stream import StreamLeg
+from quictunnel.server.registry import Registry, Session
+from quictunnel.trust.files import TrustError
+from quictunnel.trust.tokens import Grant, TokenRefused, TokenStore
+from quictunnel.wire.control import VERSION, Authority, ControlMessage, Drain, Grow, Hello, Refuse, Unknown, Welcome
+from quictunnel.wire.errors import ErrorCode, TunnelError
+
+__all__ = ["Gate"]
+
+# How long a refused client has to read why, in seconds, before its link is closed under it.
+_REFUSAL_TIME: Final = 1.0
+_SESSION_ID_LIMIT: Final = 128
+
+
+class Gate(LinkOwner):
+    """Owns the links of a server."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        tokens: TokenStore,
+        *,
+        authority: Authority,
+        public_urls: Callable[[str], list[str]],
+        now: Callable[[], datetime],
+    ) -> None:
+        """``authority`` answers clients that only know a pin yet; ``now`` is the wall clock, aware."""
+        self._registry = registry
+        self._tokens = tokens
+        self.authority = authority
+        self._public_urls = public_urls
+        self._now = now
+        self._loop = asyncio.get_running_loop()
+        self._closers: set[asyncio.TimerHandle] = set()
+        self.draining = False
+        self.on_accepted: Callable[[Link], None] = lambda link: None
+
+    # What links tell
+
+    def link_control(self, link: Link, message: ControlMessage) -> None:
+        match message:
+            case Hello():
+                self._hello(link, message)
+            case Authority():
+                link.send_control(self.authority)
+            case Drain():
+                self._drain(link)
+            case Welcome() | Refuse() | Grow() | Unknown():
+                logger.debug("< {!r}: unexpected {}", link, message.type)
+
+    def link_slot_free(self, link: Link, leg: StreamLeg) -> None:
+        if link.session is not None:
+            self._registry.slot_freed(link.session, link)
+
+    def link_closed(self, link: Link, why: LinkClosed) -> None:
+        session = self._registry.unregister(link)
+        if session is not None:
+            seconds = self._loop.time() - session.since
+            logger.info(
+                "session {} of tunnel {} ended after {:.0f} s: {}", session.number, session.tunnel.name, seconds, why
+            )
+
+    # Registration
+
+    def _hello(self, link: Link, hello: Hello) -> None:
+        if link.session is not None:
+            self._refuse(link, Refuse("protocol", "one link says hello once"))
+            return
+        try:
+            grant = self._admit(hello)
+        except _Refused as refused:
+            logger.warning(
+                "refused {} for tunnel {!r}: {}", _place(link), hello.tunnel or "(any)", refused.message.text
+            )
+            self._refuse(link, refused.message)
+            return
+        name = grant.tunnel
+        known = self._registry.tunnel(name)
+        begins = known is None or hello.session not in known.sessions
+        try:
+            session = self._registry.register(grant, hello.session, hello.agent, hello.link, link, self._loop.time())
+        except TunnelError as error:
+            self._refuse(link, Refuse("limit", error.details, final=False, retry_after=5.0))
+            return
+        self.on_accepted(link)
+        urls = self._public_urls(name)
+        link.send_control(Welcome(name, urls, self._registry.limits.max_links, f"quictunnel/{__version__}"))
+        if begins:
+            logger.info(
+                "session {} serves tunnel {} from {} by token {} ({})",
+                session.number, name, _place(link), grant.token_id, hello.agent or "unnamed client",
+            )  # fmt: skip
+        self._registry.serve_waiting(session.tunnel)
+
+    def _admit(self, hello: Hello) -> Grant:
+        """What the client may serve. Raises _Refused."""
+        if self.draining:
+            raise _Refused("draining", "the server is stopping", retry_after=1.0)
+        if hello.version != VERSION:
+            raise _Refused(
+                "version", f"the server speaks version {VERSION} of the protocol, the client {hello.version}"
+            )
+        if not 16 <= len(hello.session) <= _SESSION_ID_LIMIT:
+            raise _Refused("protocol", "a session id has 16 to 128 characters")
+        if hello.link >= self._registry.limits.max_links:
+            raise _Refused("limit", f"a session has at most {self._registry.limits.max_links} links", retry_after=60.0)
+        now = self._now()
+        try:
+            grant = self._tokens.verify(hello.token, hello.tunnel or self._name_for(hello), now)
+        except TokenRefused as refused:
+            raise _Refused(f"token_{refused.kind}", refused.text) from None
+        except TrustError as error:
+            logger.error("{}", error)
+            raise _Refused("unavailable", "the server cannot check tokens now", retry_after=5.0) from None
+        tunnel = self._registry.tunnel(grant.tunnel)
+        owner = None if tunnel is None else tunnel.owner
+        if owner is not None and owner.token_id != grant.token_id and self._stands(owner):
+            raise _Refused("name_taken", f"the name {grant.tunnel} belongs to another token")
+        return grant
+
+    def _name_for(self, hello: Hello) -> str:
+        """A name for a client that asks for none: its token's first pattern, with a word of the session's for ``*``.
+
+        The token is not verified yet: whoever brings a wrong one is refused for that next, whatever name this gives.
+        """
+        word = base64.b32encode(hashlib.sha256(hello.session.encode()).digest()[:5]).decode().lower()
+        for token in self._tokens.tokens:
+            if hello.token.startswith(f"qtk_{token.id}_"):
+                return token.tunnels[0].replace("*", word)
+        return word
+
+    def _stands(self, grant: Grant) -> bool:
+        try:
+            self._tokens.recheck(grant, self._now())
+        except TokenRefused:
+            return False
+        return True
+
+    # The end of a registration
+
+    def _drain(self, link: Link) -> None:
+        session: Session | None = link.session
+        link.draining = True
+        if session is not None:
+            logger.info("session {} of tunnel {}: the client drains a link", session.number, session.tunnel.name)
+
+    def recheck_tokens(self) -> None:
+        """End the sessions whose token is not good any more; called every second."""
+        try:
+            self._tokens.reload_if_changed()
+        except TrustError as error:
+            logger.error("{}", error)
+            return
+        for session in self._registry.sessions():
+            try:
+                self._tokens.recheck(session.grant, self._now())
+            except TrustError:
+                return  # said once, when the file was read
+            except TokenRefused as refused:
+                self._end_session(session, Refuse(f"token_{refused.kind}", refused.text))
+
+    def _end_session(self, session: Session, message: Refuse) -> None:
+        logger.warning("session {} of tunnel {} is ended: {}", session.number, session.tunnel.name, message.text)
+        session.tunnel.sessions.pop(session.id, None)
+        for link in [*session.links.values(), *session.lingering]:
+            link.draining = True
+            self._refuse(link, message)
+
+    def drain_all(self) -> None:
+        """Tell every client that nothing new comes."""
+        self.draining = True
+        for session in self._registry.sessions():
+            for link in session.links.values():
+                link.send_control(Drain())
+
+    def _refuse(self, link: Link, message: Refuse) -> None:
+        link.send_control(message)
+
+        def close() -> None:
+            self._closers.discard(handle)
+            link.close(ErrorCode.NOT_ACCEPTED, message.text)
+
+        handle = self._loop.call_later(_REFUSAL_TIME, close)
+        self._closers.add(handle)
+
+    def close(self) -> None:
+        """Drop the timers."""
+        for handle in self._closers:
+            handle.cancel()
+        self._closers.clear()
+
+
+class _Refused(Exception):
+    def __init__(self, code: str, text: str, retry_after: float | None = None) -> None:
+        self.message = Refuse(code, text, final=retry_after is None, retry_after=retry_after)
+        super().__init__(text)
+
+
+def _place(link: Link) -> str:
+    address = link.address
+    return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
