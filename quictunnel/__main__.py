@@ -1,0 +1,8 @@
+"""``python -m quictunnel``."""
+
+import sys
+
+from quictunnel.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

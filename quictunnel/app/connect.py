@@ -1,0 +1,126 @@
+"""``quictunnel connect``: finds out whom to trust, opens the backend, keeps the session alive until told to stop."""
+
+import asyncio
+from datetime import UTC, datetime
+from pathlib import Path
+
+from loguru import logger
+
+from quictunnel.app.process import calm_collector, say, stop_signals
+from quictunnel.app.serve import LOCAL_JOIN, choose_engine
+from quictunnel.client.agent import Agent, AgentConfig, FinalRefusal
+from quictunnel.client.choose import open_backend
+from quictunnel.client.fan_out import Backend, FanOut, host_rule
+from quictunnel.options import CommandError
+from quictunnel.settings import ConnectSettings
+from quictunnel.trust.certificates import load_authorities
+from quictunnel.trust.files import read_bounded
+from quictunnel.trust.join import TEXT_LIMIT, JoinString
+from quictunnel.wire.control import Welcome
+
+__all__ = ["agent_config", "connect", "serve_session"]
+
+
+async def connect(settings: ConnectSettings) -> int:
+    """Serve the backend through a server; the exit status. Raises CommandError, OSError and TrustError at the start."""
+    engine = choose_engine(settings.engine)
+    config = agent_config(settings)
+    try:
+        backend = await open_backend(
+            settings.backend,
+            ca=settings.backend_ca,
+            insecure=settings.backend_insecure,
+            connect_time=settings.backend_connect_time,
+            head_time=settings.backend_head_time,
+            keep_alive=settings.backend_keep_alive,
+        )
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    fan_out = FanOut(backend, host_rule(settings.host_header, backend.authority))
+    agent = Agent(config, engine, fan_out, on_welcome=_announce)
+    try:
+        with stop_signals() as stopped:
+            calm_collector()
+            await serve_session(agent, stopped, settings.grace)
+    except FinalRefusal as refusal:
+        raise CommandError(f"the server refuses: {refusal}" if refusal.code != "untrusted" else str(refusal)) from None
+    finally:
+        await _close(backend, settings.grace)
+    return 0
+
+
+async def serve_session(agent: Agent, stopped: asyncio.Event, grace: float) -> None:
+    """Run the agent until ``stopped`` is set, then let it finish. Raises FinalRefusal."""
+    loop = asyncio.get_running_loop()
+    running = loop.create_task(agent.run())
+    waiting = loop.create_task(stopped.wait())
+    try:
+        await asyncio.wait((running, waiting), return_when=asyncio.FIRST_COMPLETED)
+        if not running.done():
+            logger.info("= stopping: requests in flight get up to {:g} s", grace)
+            await agent.stop(grace)
+        await running
+    finally:
+        waiting.cancel()
+        running.cancel()
+
+
+def agent_config(settings: ConnectSettings) -> AgentConfig:
+    """Whom to dial and what to show there. Raises CommandError and TrustError."""
+    join = None
+    if settings.join is not None:
+        join = JoinString.parse(settings.join.get_secret_value())
+    elif settings.token is None:
+        join = _local_join(settings.state_dir)
+    token = settings.token.get_secret_value() if settings.token is not None else join.token if join is not None else ""
+    if settings.server is not None:
+        host, port = settings.server
+    elif join is not None:
+        host, port = join.host, join.port
+    else:
+        host, port = "127.0.0.1", 4433
+    authority, pin = None, None
+    if settings.ca is None:
+        if join is None:
+            raise CommandError(
+                "whom to trust? give --join with the string that the server prints, or --ca FILE, or --ca system"
+            )
+        pin = join.ca_pin
+    elif isinstance(settings.ca, Path):
+        authority = load_authorities(settings.ca, datetime.now(UTC))
+    return AgentConfig(
+        host=host,
+        port=port,
+        server_name=settings.server_name or host,
+        token=token,
+        tunnel=settings.tunnel or "",
+        authority=authority,
+        pin=pin,
+        max_links=settings.max_links,
+        window_budget=settings.window_budget,
+    )
+
+
+def _local_join(directory: Path) -> JoinString:
+    """What a server on this machine left for its user."""
+    path = directory / LOCAL_JOIN
+    try:
+        return JoinString.parse(read_bounded(path, TEXT_LIMIT).decode("ascii"))
+    except FileNotFoundError:
+        raise CommandError(
+            "which server? give --join with the string that `quictunnel serve` prints on the other machine "
+            f"(no server has run with the state directory {directory} on this one)"
+        ) from None
+    except ValueError as error:
+        raise CommandError(f"{path}: {error}") from None
+
+
+def _announce(welcome: Welcome) -> None:
+    say(f"ready tunnel={welcome.tunnel} url={welcome.urls[0] if welcome.urls else '-'}")
+
+
+async def _close(backend: Backend, grace: float) -> None:
+    try:
+        await backend.aclose(min(grace, 5.0))
+    except Exception as error:
+        logger.warning("closing the backend {}: {!r}", backend.name, error)

@@ -1,0 +1,415 @@
+"""The command line: commands -> settings -> app. Flags and help are made from the fields in ``settings``.
+
+Exit status: 0 done, 1 it could not be done (one line on standard error says why), 2 it was not asked for rightly, 130
+after Ctrl-C.
+"""
+
+import argparse
+import asyncio
+import importlib.metadata
+import json
+import os
+import sys
+import typing
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, NoReturn, TypeVar
+
+from pydantic.fields import FieldInfo
+
+from quictunnel import __version__, log
+from quictunnel.options import (
+    CommandError,
+    Settings,
+    UsageError,
+    environment_name,
+    flag_name,
+    load_settings,
+    nearest,
+    option_of,
+)
+from quictunnel.settings import (
+    CertsInitSettings,
+    CertsIssueSettings,
+    CertsShowSettings,
+    ConnectSettings,
+    DemoSettings,
+    LoadSettings,
+    LogSettings,
+    ServeSettings,
+    TokenCreateSettings,
+    TokenListSettings,
+    TokenRevokeSettings,
+)
+from quictunnel.trust.files import TrustError
+
+__all__ = ["main"]
+
+L = TypeVar("L", bound=LogSettings)
+
+INTERRUPTED: Final = 130
+"128 + SIGINT, as shells have it"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (by default the process's own) and return the exit status."""
+    try:
+        status = _main(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Who read our output has seen enough; the interpreter's own flush at exit must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
+
+
+def _main(argv: Sequence[str]) -> int:
+    try:
+        command, flags = _parse(argv)
+        return command.run(load_settings(command.settings, flags))
+    except UsageError as error:
+        return _failed(str(error), 2)
+    except (CommandError, TrustError) as error:
+        return _failed(str(error), 1)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        return _failed(_why(error), 1)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except SystemExit as way_out:  # argparse's, after --help and --version
+        return way_out.code if isinstance(way_out.code, int) else 0
+
+
+def _failed(text: str, status: int) -> int:
+    print(f"quictunnel: {log.escape(text)}", file=sys.stderr)
+    return status
+
+
+def _why(error: OSError) -> str:
+    reason = error.strerror or str(error)
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
+# Commands that stay running.
+
+
+def _serve(settings: ServeSettings) -> int:
+    from quictunnel import app
+
+    return _run_logged(app.serve, settings)
+
+
+def _connect(settings: ConnectSettings) -> int:
+    from quictunnel import app
+
+    return _run_logged(app.connect, settings)
+
+
+def _demo(settings: DemoSettings) -> int:
+    from quictunnel import app
+
+    return _run_logged(app.demo, settings)
+
+
+def _run_logged(start: Callable[[L], Coroutine[Any, Any, int]], settings: L) -> int:
+    take_down = log.set_up(settings.log_level, settings.log_format, settings.log_file)
+    try:
+        return _run(start(settings))
+    finally:
+        take_down()
+
+
+def _run(work: Coroutine[Any, Any, int]) -> int:
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(work)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop
+    return uvloop.new_event_loop
+
+
+# Certificates and tokens.
+
+
+def _certs_init(settings: CertsInitSettings) -> int:
+    from quictunnel.trust import certificates
+
+    with _bad_values_are_usage():
+        path = certificates.init(settings.dir, common_name=settings.name, days=settings.days)
+    print(path)
+    return 0
+
+
+def _certs_issue(settings: CertsIssueSettings) -> int:
+    from quictunnel.trust import certificates
+
+    with _bad_values_are_usage():
+        paths = certificates.issue(settings.dir, settings.names, days=settings.days, out=settings.out)
+    print(paths.certificate)
+    print(paths.key)
+    return 0
+
+
+def _certs_show(settings: CertsShowSettings) -> int:
+    from quictunnel.trust import certificates
+
+    print("\n\n".join(map(str, certificates.show(settings.file or settings.dir))))
+    return 0
+
+
+@contextmanager
+def _bad_values_are_usage() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _token_create(settings: TokenCreateSettings) -> int:
+    from quictunnel.trust.tokens import TokenStore, parse_duration
+
+    expires = parse_duration(settings.expires)
+    now = datetime.now(UTC)
+    with _bad_values_are_usage():
+        new = TokenStore(settings.state_dir).create(settings.tunnel, expires, now, note=settings.note)
+    until = "for ever" if expires is None else f"until {now + expires:%Y-%m-%d %H:%M} UTC"
+    print(f"token {new.id}, good for {', '.join(settings.tunnel)} {until}; it is shown only now:", file=sys.stderr)
+    print(new.secret)
+    return 0
+
+
+def _token_list(settings: TokenListSettings) -> int:
+    from quictunnel.trust.tokens import TokenStore
+
+    store, now = TokenStore(settings.state_dir), datetime.now(UTC)
+    store.load()
+    rows: list[dict[str, Any]] = [
+        {
+            "id": token.id,
+            "state": token.state(now),
+            "tunnels": token.tunnels,
+            "created": token.created.isoformat(timespec="seconds"),
+            "expires": token.expires.isoformat(timespec="seconds") if token.expires else None,
+            "note": token.note,
+        }
+        for token in store.tokens
+    ]
+    if settings.json_:
+        print(json.dumps(rows, indent=2))
+    else:
+        _print_table(("ID", "STATE", "TUNNELS", "EXPIRES", "NOTE"), [_token_row(row) for row in rows])
+    return 0
+
+
+def _token_row(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return row["id"], row["state"], ",".join(row["tunnels"]), row["expires"] or "never", row["note"]
+
+
+def _print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _token_revoke(settings: TokenRevokeSettings) -> int:
+    from quictunnel.trust.tokens import TokenStore
+
+    token = TokenStore(settings.state_dir).revoke(settings.id, datetime.now(UTC))
+    print(f"token {token.id} is revoked; a running server ends its sessions within 5 seconds")
+    return 0
+
+
+# The load test.
+
+
+def _load(settings: LoadSettings) -> int:
+    from quictunnel.load.plan import make_options
+    from quictunnel.load.run import run_load
+
+    with _bad_values_are_usage():
+        options = make_options(**settings.model_dump(exclude={"config", "json_"}), json=settings.json_)
+    return _run(run_load(options, sys.stdout, sys.stderr))
+
+
+# The table of commands.
+
+
+@dataclass(frozen=True, slots=True)
+class _Command:
+    settings: type[Settings]
+    run: Callable[[Any], int]
+    help: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    commands: Mapping[str, _Command]
+    help: str
+
+
+_COMMANDS: Final[Mapping[str, _Command | _Group]] = {
+    "serve": _Command(
+        ServeSettings, _serve, "take visitors' requests in and hand them to the clients of their tunnels"
+    ),
+    "connect": _Command(ConnectSettings, _connect, "expose a local web application through a server"),
+    "demo": _Command(DemoSettings, _demo, "try it: server, client and a small backend together"),
+    "certs": _Group(
+        {
+            "init": _Command(CertsInitSettings, _certs_init, "make a certificate authority"),
+            "issue": _Command(CertsIssueSettings, _certs_issue, "issue a server certificate"),
+            "show": _Command(CertsShowSettings, _certs_show, "show certificates"),
+        },
+        "make and show certificates of your own",
+    ),
+    "token": _Group(
+        {
+            "create": _Command(TokenCreateSettings, _token_create, "make a token, shown once"),
+            "list": _Command(TokenListSettings, _token_list, "list tokens, without their secrets"),
+            "revoke": _Command(TokenRevokeSettings, _token_revoke, "make a token useless"),
+        },
+        "say who may serve which tunnels",
+    ),
+    "load": _Command(LoadSettings, _load, "an open-loop load test"),
+}
+
+
+# From the table and the fields to a parser.
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are ours to show, and an abbreviated flag would change its meaning when another is added."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=_Formatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message[:1].lower()}{message[1:]}; see {self.prog} --help")
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32)
+
+
+def _parse(argv: Sequence[str]) -> tuple[_Command, dict[str, Any]]:
+    parser = _parser()
+    found, unknown = parser.parse_known_args(argv)
+    flags = vars(found)
+    command, used = flags.pop("command", None), flags.pop("parser", parser)
+    if unknown:
+        known = [flag for action in used._actions for flag in action.option_strings]
+        word = unknown[0].partition("=")[0]
+        raise UsageError(f"unknown argument {word!r}{nearest(word, known)}; see {used.prog} --help")
+    if command is None:
+        used.print_help(sys.stderr)
+        raise SystemExit(2)
+    return command, flags
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="quictunnel",
+        usage="quictunnel COMMAND [options]",
+        description="A self-hosted reverse HTTP tunnel over QUIC.",
+        epilog="quictunnel COMMAND --help tells a command's options.",
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    _add_commands(parser, _COMMANDS)
+    return parser
+
+
+def _add_commands(parser: _Parser, commands: Mapping[str, _Command | _Group]) -> None:
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
+    for name, entry in commands.items():
+        prog = f"{parser.prog} {name}"
+        if isinstance(entry, _Group):
+            group = subparsers.add_parser(name, prog=prog, usage=f"{prog} COMMAND [options]", help=entry.help)
+            group.set_defaults(parser=group)
+            _add_commands(group, entry.commands)
+        else:
+            words = " ".join(filter(None, (prog, _positionals(entry.settings), "[options]")))
+            leaf = subparsers.add_parser(name, prog=prog, usage=words, help=entry.help, epilog=_epilog(entry.settings))
+            leaf.description = f"{entry.help[:1].upper()}{entry.help[1:]}."
+            leaf.set_defaults(command=entry, parser=leaf)
+            _add_fields(leaf, entry.settings)
+
+
+def _positionals(settings: type[Settings]) -> str:
+    words = []
+    for field in settings.model_fields.values():
+        if option_of(field).positional:
+            metavar = option_of(field).metavar + ("…" if _is_list(field) else "")
+            words.append(metavar if field.is_required() else f"[{metavar}]")
+    return " ".join(words)
+
+
+def _epilog(settings: type[Settings]) -> str:
+    fields = _in_order(settings)
+    text = f"Each option can also be an environment variable, as {environment_name(settings, fields[0][0])}"
+    if settings.table:
+        text += f",\nor a key in the table [{settings.table}] of the --config file"
+    timed = any(option_of(field).metavar == "TIME" for _, field in fields)
+    return f"{text}. TIME is as 30s, 5m or 500ms." if timed else f"{text}."
+
+
+def _in_order(settings: type[Settings]) -> list[tuple[str, FieldInfo]]:
+    """The fields as --help lists them: what is the same for every command comes last."""
+    return sorted(settings.model_fields.items(), key=lambda item: item[0] in LogSettings.model_fields)
+
+
+def _add_fields(parser: _Parser, settings: type[Settings]) -> None:
+    groups: dict[str, Any] = {"": parser}
+    for name, field in _in_order(settings):
+        option = option_of(field)
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(option.group)
+        names = [name] if option.positional else [flag_name(name)]
+        groups[option.group].add_argument(*names, **_argument(name, field))
+
+
+def _argument(name: str, field: FieldInfo) -> dict[str, Any]:
+    """What argparse is told of a field. It only collects texts: the settings read and check them."""
+    option = option_of(field)
+    told: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(field)}
+    if field.annotation is bool:
+        return told | {"dest": name, "action": "store_const", "const": True}
+    if field.annotation == bool | None:
+        return told | {"dest": name, "action": argparse.BooleanOptionalAction}
+    told["metavar"] = option.metavar
+    if option.positional:
+        # Whether it must be there is for the settings to say: the environment or the file may hold it.
+        return told | {"nargs": "*" if _is_list(field) else "?"}
+    return told | {"dest": name, "action": "append" if _is_list(field) else "store"}
+
+
+def _is_list(field: FieldInfo) -> bool:
+    return typing.get_origin(field.annotation) is tuple
+
+
+def _help(field: FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True) if not field.is_required() else None
+    if isinstance(default, Path):
+        home = str(Path.home())
+        default = "~" + str(default)[len(home) :] if str(default).startswith(home + os.sep) else default
+    shown = "" if default is None or default in (False, (), "") else f" (default: {default})"
+    return f"{field.description}{shown}".replace("%", "%%")
+
+
+def _version() -> str:
+    parts = [f"{name} {version}" for name in ("aioquic", "qh3", "uvloop") if (version := _version_of(name))]
+    return f"quictunnel {__version__} ({', '.join(parts)})"
+
+
+def _version_of(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,361 @@
+"""Every option of the product, each declared once; ``options`` says how a field becomes flag, variable and key."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Final, Literal
+
+import platformdirs
+from annotated_types import MinLen
+from pydantic import BeforeValidator, Field, SecretStr, model_validator
+
+from quictunnel.options import Option, Settings
+from quictunnel.values import (
+    Address,
+    Network,
+    parse_address,
+    parse_domain,
+    parse_duration,
+    parse_host_header,
+    parse_lines,
+    parse_listen_address,
+    parse_networks,
+    parse_path,
+    parse_size,
+    parse_switch,
+    parse_text,
+    parse_whole,
+    parse_word,
+    split_list,
+)
+
+__all__ = [
+    "CertsInitSettings",
+    "CertsIssueSettings",
+    "CertsShowSettings",
+    "ConnectSettings",
+    "DemoSettings",
+    "LoadSettings",
+    "LogSettings",
+    "ServeSettings",
+    "TokenCreateSettings",
+    "TokenListSettings",
+    "TokenRevokeSettings",
+]
+
+DEFAULT_QUIC_PORT: Final = 4433
+
+
+def _default(value: object, description: str) -> Any:
+    """A field whose default is written as a user would write it; the field's type is what that is parsed into."""
+    return Field(value, description=description)
+
+
+def _required(description: str) -> Any:
+    return Field(description=description)
+
+
+def _state_dir(description: str) -> Any:
+    return Field(default_factory=lambda: platformdirs.user_state_path("quictunnel"), description=description)
+
+
+# Types: a parser, and the word that --help shows for the value.
+
+
+def _optional(parse: Callable[[object], Any]) -> BeforeValidator:
+    return BeforeValidator(lambda value: None if value is None else parse(value))
+
+
+def _whole(lowest: int, highest: int) -> BeforeValidator:
+    return BeforeValidator(lambda value: parse_whole(value, lowest, highest))
+
+
+def _size(lowest: int, highest: int) -> BeforeValidator:
+    return BeforeValidator(lambda value: parse_size(value, lowest, highest))
+
+
+# These parsers belong to rooms that not every command needs: imported when used, so that --help is quick.
+
+
+def _parse_tunnel_name(value: object) -> str:
+    from quictunnel.wire.names import normalise_tunnel_name
+
+    return normalise_tunnel_name(parse_text(value))
+
+
+def _check_backend(value: object) -> str:
+    from quictunnel.backends.target import parse_backend
+
+    parse_backend(parse_text(value))
+    return parse_text(value)
+
+
+def _check_join_string(value: object) -> object:
+    from quictunnel.trust.join import JoinString
+
+    JoinString.parse(value.get_secret_value() if isinstance(value, SecretStr) else parse_text(value))
+    return value
+
+
+def _check_stages(value: object) -> str:
+    from quictunnel.load.plan import parse_stages
+
+    parse_stages(parse_text(value))
+    return parse_text(value)
+
+
+def _check_expiry(value: object) -> str:
+    from quictunnel.trust.tokens import parse_duration as parse_expiry
+
+    parse_expiry(parse_text(value))
+    return parse_text(value)
+
+
+def _parse_authority(value: object) -> Path | Literal["system"]:
+    return "system" if value == "system" else parse_path(value)
+
+
+Listen = Annotated[Address, BeforeValidator(parse_listen_address), Option("HOST:PORT")]
+Dial = Annotated[
+    Address | None, _optional(lambda value: parse_address(value, DEFAULT_QUIC_PORT)), Option("HOST[:PORT]")
+]
+Duration = Annotated[float, BeforeValidator(parse_duration), Option("TIME")]
+Directory = Annotated[Path, BeforeValidator(parse_path), Option("DIR")]
+File = Annotated[Path | None, _optional(parse_path), Option("FILE")]
+Authority = Annotated[Path | Literal["system"] | None, _optional(_parse_authority), Option("FILE|system")]
+Switch = Annotated[bool, BeforeValidator(parse_switch)]
+TriState = Annotated[bool | None, _optional(parse_switch)]
+Word = BeforeValidator(parse_word)
+Text = Annotated[str, BeforeValidator(parse_text), Option("TEXT")]
+OptionalText = Annotated[str | None, _optional(parse_text), Option("TEXT")]
+Texts = Annotated[tuple[str, ...], BeforeValidator(split_list)]
+Engine = Annotated[Literal["auto", "aioquic", "qh3"], Word, Option("auto|aioquic|qh3")]
+TunnelName = Annotated[str | None, _optional(_parse_tunnel_name), Option("NAME")]
+Secret = Annotated[SecretStr | None, Option("STRING")]
+
+# The commands. A group is a heading of --help.
+
+LIMITS = Option(group="limits")
+LOG = Option(group="log")
+
+
+class LogSettings(Settings):
+    """What every command that stays running says, and where."""
+
+    log_level: Annotated[
+        Literal["trace", "debug", "info", "warning", "error"], Word, LOG, Option("trace|debug|info|warning|error")
+    ] = _default("info", "the least that is logged")
+    log_format: Annotated[Literal["text", "json"], Word, LOG, Option("text|json")] = _default(
+        "text", "lines for people, or one JSON object a line"
+    )
+    log_file: Annotated[File, LOG] = _default(None, "log into this file, rotated, instead of standard error")
+
+
+class ServeSettings(LogSettings):
+    """Options of ``quictunnel serve``."""
+
+    table: ClassVar[str] = "serve"
+
+    http: Listen = _default("127.0.0.1:8080", "where visitors come in")
+    quic: Listen = _default(f"127.0.0.1:{DEFAULT_QUIC_PORT}", "where clients come in (UDP)")
+    domain: Annotated[str, BeforeValidator(parse_domain), Option("NAME")] = _default(
+        "localhost", "tunnels are reached as NAME.DOMAIN"
+    )
+    default_tunnel: TriState = _default(
+        None,
+        "send requests that name no tunnel to the only one there is (default: on for the domain localhost)",
+    )
+    state_dir: Directory = _state_dir("where certificates and tokens are kept")
+    config: File = _default(None, "read options from this TOML file's [serve] table")
+    advertise: Dial = _default(None, "the address that the join string tells clients to dial (default: that of --quic)")
+    cert: File = _default(None, "a server certificate (PEM chain) of your own instead of the automatic one")
+    key: File = _default(None, "the private key (PEM) of --cert")
+    ca: File = _default(None, "the CA certificate (PEM) that clients are to pin when --cert is given")
+    trusted_proxies: Annotated[tuple[Network, ...], BeforeValidator(parse_networks), Option("NETWORK")] = _default(
+        (), "addresses whose X-Forwarded-* and Forwarded fields are believed; may be repeated"
+    )
+    engine: Engine = _default("auto", "the QUIC library; auto takes qh3 when it is installed")
+    retry: Annotated[Literal["auto", "always", "never"], Word, Option("auto|always|never")] = _default(
+        "auto", "when a client's address is validated by Retry; auto: when many handshakes are half open"
+    )
+    grace: Duration = _default("30s", "how long requests in flight may take to finish after SIGTERM")
+
+    head_size: Annotated[int, _size(1024, 2**24), LIMITS, Option("SIZE")] = _default(
+        "64KiB", "request line and header section"
+    )
+    head_fields: Annotated[int, _whole(1, 10_000), LIMITS, Option("N")] = _default(128, "header fields of a request")
+    target_length: Annotated[int, _size(64, 2**20), LIMITS, Option("SIZE")] = _default(
+        "8KiB", "length of a request target"
+    )
+    head_time: Annotated[Duration, LIMITS] = _default("15s", "for a request's head to arrive")
+    body_idle: Annotated[Duration, LIMITS] = _default("60s", "silence within an upload")
+    keep_alive: Annotated[Duration, LIMITS] = _default("75s", "idle visitor connections are kept this long")
+    max_visitors: Annotated[int, _whole(1, 1_000_000), LIMITS, Option("N")] = _default(
+        10_000, "visitor connections at a time"
+    )
+    max_in_flight: Annotated[int, _whole(1, 1_000_000), LIMITS, Option("N")] = _default(
+        4096, "requests in flight per tunnel"
+    )
+    slot_wait: Annotated[Duration, LIMITS] = _default("5s", "how long a request may wait for a free stream")
+    window_budget: Annotated[int, _size(0, 2**40), LIMITS, Option("SIZE")] = _default(
+        "64MiB", "what all flow-control windows may grow by together"
+    )
+
+    @property
+    def default_tunnel_allowed(self) -> bool:
+        """``default_tunnel``, or by default whether the domain is ``localhost``."""
+        return self.domain == "localhost" if self.default_tunnel is None else self.default_tunnel
+
+    @model_validator(mode="after")
+    def _certificate_is_whole(self) -> "ServeSettings":
+        if (self.cert is None) != (self.key is None):
+            raise ValueError("--cert and --key belong together: give both")
+        if self.ca is not None and self.cert is None:
+            raise ValueError("--ca goes with --cert and --key: without them the server makes its own CA")
+        return self
+
+
+class ConnectSettings(LogSettings):
+    """Options of ``quictunnel connect``."""
+
+    table: ClassVar[str] = "connect"
+
+    backend: Annotated[str, BeforeValidator(_check_backend), Option("BACKEND", positional=True)] = _required(
+        "3000, localhost:3000, http://…, https://…, unix:/path, or module:app for an ASGI application"
+    )
+    join: Annotated[Secret, _optional(_check_join_string)] = _default(
+        None, "the join string that serve printed: address, CA pin and token in one"
+    )
+    server: Dial = _default(None, f"the server (default: the join string's, or 127.0.0.1:{DEFAULT_QUIC_PORT})")
+    tunnel: TunnelName = _default(None, "the public name (default: what the server gives)")
+    state_dir: Directory = _state_dir("where a server on the same machine keeps its certificates and tokens")
+    config: File = _default(None, "read options from this TOML file's [connect] table")
+    token: Secret = _default(None, "a token instead of the join string's; better given as QUICTUNNEL_TOKEN")
+    ca: Authority = _default(None, "the CA (PEM) that the server's certificate must come from, or the system's trust")
+    server_name: Annotated[OptionalText, Option("NAME")] = _default(
+        None, "the name the server's certificate must have (default: the host that is dialled)"
+    )
+    host_header: Annotated[str, BeforeValidator(parse_host_header), Option("preserve|backend|VALUE")] = _default(
+        "preserve", "the Host that the backend sees"
+    )
+    engine: Engine = _default("auto", "the QUIC library; auto takes qh3 when it is installed")
+    grace: Duration = _default("30s", "how long requests in flight may take to finish after SIGTERM")
+    backend_ca: Annotated[File, Option(group="backend")] = _default(
+        None, "the CA (PEM) of an https:// backend (default: the system's trust)"
+    )
+    backend_insecure: Annotated[Switch, Option(group="backend")] = _default(
+        False, "do not verify an https:// backend's certificate"
+    )
+    backend_connect_time: Annotated[Duration, Option(group="backend")] = _default(
+        "10s", "for the backend to accept a connection"
+    )
+    backend_head_time: Annotated[Duration, Option(group="backend")] = _default(
+        "60s", "for the backend's response head to arrive"
+    )
+    backend_keep_alive: Annotated[Duration, Option(group="backend")] = _default(
+        "30s", "idle backend connections are kept this long"
+    )
+    max_links: Annotated[int, _whole(1, 1024), LIMITS, Option("N")] = _default(
+        16, "QUIC connections, each of about 100 streams"
+    )
+    window_budget: Annotated[int, _size(0, 2**40), LIMITS, Option("SIZE")] = _default(
+        "64MiB", "what all flow-control windows may grow by together"
+    )
+
+
+class DemoSettings(LogSettings):
+    """Options of ``quictunnel demo``."""
+
+    once: Switch = _default(False, "send requests through, then exit with 0 if all were answered")
+    http: Listen = _default("127.0.0.1:8080", "where visitors come in")
+    quic: Listen = _default("127.0.0.1:0", "where the client comes in (UDP)")
+    engine: Engine = _default("auto", "the QUIC library; auto takes qh3 when it is installed")
+
+
+class LoadSettings(Settings):
+    """Options of ``quictunnel load``."""
+
+    table: ClassVar[str] = "load"
+    prefix: ClassVar[str] = "QUICTUNNEL_LOAD_"
+
+    url: Annotated[Text, Option("URL", positional=True)] = _required("http:// or https://")
+    stages: Annotated[str, BeforeValidator(_check_stages), Option("RATE,…")] = _default(
+        "20,50,100,200,500,1000", "requests a second of each stage"
+    )
+    duration: Duration = _default("30s", "of each stage")
+    timeout: Duration = _default("30s", "after which a request has failed")
+    method: Annotated[Text, Option("METHOD")] = _default("GET", "of each request")
+    header: Annotated[tuple[str, ...], BeforeValidator(parse_lines), Option("'NAME: VALUE'")] = _default(
+        (), "sent with each request; may be repeated"
+    )
+    body: OptionalText = _default(None, "sent with each request; @FILE is a file's content")
+    body_size: Annotated[int | None, _optional(lambda value: parse_size(value, 0, 2**30)), Option("SIZE")] = _default(
+        None, "bytes of a made-up body sent with each request"
+    )
+    connections: Annotated[int, _whole(1, 60_000), Option("N")] = _default(4096, "connections at a time")
+    ca: File = _default(None, "the CA (PEM) of an https:// target (default: the system's trust)")
+    insecure: Switch = _default(False, "do not verify an https:// target's certificate")
+    max_errors: Annotated[OptionalText, Option("N|N%")] = _default(
+        None, "exit with 1 when more requests than this fail"
+    )
+    max_p99: Annotated[OptionalText, Option("MS")] = _default(
+        None, "exit with 1 when a stage's 99th percentile is above this many milliseconds"
+    )
+    json_: Switch = _default(False, "print the result as JSON")
+    config: Annotated[File, Option(shared=True)] = _default(None, "read options from this TOML file's [load] table")
+
+
+class _CertsSettings(Settings):
+    prefix: ClassVar[str] = "QUICTUNNEL_CERTS_"
+
+    dir: Directory = _default("certs", "where the CA and what it issues are kept")
+
+
+class CertsInitSettings(_CertsSettings):
+    """Options of ``quictunnel certs init``."""
+
+    name: Annotated[Text, Option("NAME")] = _default("quictunnel CA", "the CA's common name")
+    days: Annotated[int, _whole(1, 36_500), Option("N")] = _default(3650, "how long it is valid")
+
+
+class CertsIssueSettings(_CertsSettings):
+    """Options of ``quictunnel certs issue``."""
+
+    names: Annotated[Texts, MinLen(1), Option("NAME", positional=True)] = _required(
+        "DNS names (a wildcard too) and IP addresses of the server"
+    )
+    days: Annotated[int, _whole(1, 397), Option("N")] = _default(90, "how long it is valid")
+    out: File = _default(None, "the certificate's file, its key beside it (default: server.pem in --dir)")
+
+
+class CertsShowSettings(_CertsSettings):
+    """Options of ``quictunnel certs show``."""
+
+    file: Annotated[File, Option("FILE", positional=True)] = _default(None, "a certificate (default: those in --dir)")
+
+
+class _TokenSettings(Settings):
+    prefix: ClassVar[str] = "QUICTUNNEL_TOKEN_"
+
+    state_dir: Annotated[Directory, Option(shared=True)] = _state_dir("the server's --state-dir")
+
+
+class TokenCreateSettings(_TokenSettings):
+    """Options of ``quictunnel token create``."""
+
+    tunnel: Annotated[Texts, MinLen(1), Option("PATTERN")] = _required(
+        "the tunnel names it is good for, such as app or 'team-*'; may be repeated"
+    )
+    expires: Annotated[str, BeforeValidator(_check_expiry), Option("TIME")] = _default("never", "30d, 12h, … or never")
+    note: Annotated[str, Option("TEXT")] = _default("", "what it is for, shown by list")
+
+
+class TokenListSettings(_TokenSettings):
+    """Options of ``quictunnel token list``."""
+
+    json_: Switch = _default(False, "print the list as JSON")
+
+
+class TokenRevokeSettings(_TokenSettings):
+    """Options of ``quictunnel token revoke``."""
+
+    id: Annotated[Text, Option("ID", positional=True)] = _required("as shown by list")

@@ -1,0 +1,264 @@
+"""The command line as users run it: ``python -m quictunnel …`` in processes of their own, ended for certain."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+__all__ = ["Client", "Process", "Processes", "Server", "Tunnel", "free_udp_port", "poll"]
+
+ROOT = Path(__file__).parents[2]
+START_TIME = 15.0
+STOP_TIME = 15.0
+
+T = TypeVar("T")
+
+
+def poll(question: Callable[[], T], limit: float = 10.0, what: str = "") -> T:
+    """Ask until the answer is true; the answer. Fails when ``limit`` seconds have passed."""
+    deadline = time.monotonic() + limit
+    while True:
+        answer = question()
+        if answer:
+            return answer
+        assert time.monotonic() < deadline, f"not within {limit:g} s: {what or question}"
+        time.sleep(0.01)
+
+
+def free_udp_port() -> int:
+    """A UDP port of the loopback that nobody listens on."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+class Process:
+    """One running command; its standard output and its log are files."""
+
+    def __init__(self, directory: Path, number: int, args: tuple[str, ...], env: Mapping[str, str]) -> None:
+        self.args = args
+        self._out = directory / f"{number}.out"
+        self._err = directory / f"{number}.err"
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self.popen = subprocess.Popen(
+                [sys.executable, "-W", "error", "-m", "quictunnel", *args],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                env=dict(env),
+                cwd=directory,
+            )
+
+    def __repr__(self) -> str:
+        return f"<{' '.join(self.args[:2])} pid={self.pid}>"
+
+    @property
+    def pid(self) -> int:
+        return self.popen.pid
+
+    @property
+    def output(self) -> str:
+        """What it has printed."""
+        return self._out.read_text()
+
+    @property
+    def log(self) -> str:
+        """What it has logged, or complained of."""
+        return self._err.read_text()
+
+    @property
+    def running(self) -> bool:
+        return self.popen.poll() is None
+
+    def said(self, pattern: str, limit: float = START_TIME) -> re.Match[str]:
+        """Wait for a line of the output or the log that matches."""
+
+        def look() -> re.Match[str] | None:
+            found = re.search(pattern, self.output, re.M) or re.search(pattern, self.log, re.M)
+            assert found or self.running or re.search(pattern, self.output + self.log, re.M), (
+                f"{self!r} exited with {self.popen.returncode} before it said {pattern!r}:\n{self.output}{self.log}"
+            )
+            return found
+
+        deadline = time.monotonic() + limit
+        while (found := look()) is None:
+            assert time.monotonic() < deadline, f"{self!r} did not say {pattern!r}:\n{self.output}{self.log}"
+            time.sleep(0.01)
+        return found
+
+    def ready(self, times: int = 1, limit: float = START_TIME) -> dict[str, str]:
+        """Wait for the ``ready`` line of that number; its facts."""
+        found = self.said(rf"(?:^ready .*\n(?:(?!ready ).*\n)*){{{times - 1}}}^ready (.*)$", limit)
+        return dict(fact.split("=", 1) for fact in found[1].split())
+
+    def signal(self, number: signal.Signals) -> None:
+        self.popen.send_signal(number)
+
+    def kill(self) -> None:
+        """End it with SIGKILL: it cannot say goodbye."""
+        self.popen.kill()
+        self.popen.wait(STOP_TIME)
+
+    def stop(self, limit: float = STOP_TIME) -> int:
+        """End it with SIGTERM; the exit status."""
+        if self.running:
+            self.popen.terminate()
+        return self.exited(limit)
+
+    def exited(self, limit: float = STOP_TIME) -> int:
+        """Wait until it is over; the exit status."""
+        try:
+            return self.popen.wait(limit)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{self!r} is still running after {limit:g} s:\n{self.output}{self.log}") from None
+
+    def resident(self) -> int:
+        """Bytes of memory in use."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        found = re.search(r"^VmRSS:\s+(\d+) kB", status, re.M)
+        assert found
+        return int(found[1]) * 1024
+
+
+class Server:
+    """``quictunnel serve`` on ports of its own, and what it printed."""
+
+    def __init__(self, processes: "Processes", args: tuple[str, ...], state: Path, quic_port: int) -> None:
+        self.processes = processes
+        self.args = args
+        self.state = state
+        self._ports = (0, quic_port)
+        self.start()
+
+    def start(self) -> None:
+        """Start it, or start it again on the same ports."""
+        http, quic = self._ports
+        places = (f"127.0.0.1:{http}", f"127.0.0.1:{quic}")
+        options = ("--http", places[0], "--quic", places[1], "--state-dir", str(self.state))
+        self.process = self.processes.start("serve", *options, *self.args)
+        self.facts = self.process.ready()
+        self.http = ("127.0.0.1", int(self.facts["http"].rpartition(":")[2]))
+        self.quic_port = int(self.facts["quic"].rpartition(":")[2])
+        self._ports = (self.http[1], self.quic_port)
+        found = re.search(r"--join (\S+)", self.process.output)
+        self.join = found[1] if found else ""
+
+    @property
+    def log(self) -> str:
+        return self.process.log
+
+    def token(self, *args: str) -> str:
+        """The secret of a new token, made by the command line."""
+        return self.processes.run("token", "create", "--state-dir", str(self.state), *args).stdout.strip()
+
+
+class Client:
+    """``quictunnel connect``."""
+
+    def __init__(self, processes: "Processes", backend: str, args: tuple[str, ...]) -> None:
+        self.processes = processes
+        self.args = (backend, *args)
+        self.start()
+
+    def start(self) -> None:
+        """Start it, or start it again."""
+        self.process = self.processes.start("connect", *self.args)
+
+    @property
+    def log(self) -> str:
+        return self.process.log
+
+
+class Tunnel:
+    """A server and a client of it that serves a backend."""
+
+    def __init__(self, server: Server, client: Client, name: str) -> None:
+        self.server = server
+        self.client = client
+        self.name = name
+        self.address = server.http
+        self.host = f"{name}.localhost"
+
+
+class Processes:
+    """Starts commands, each with the same empty home; none outlives the ``with`` block."""
+
+    def __init__(self, directory: Path, env: Mapping[str, str] | None = None) -> None:
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("QUICTUNNEL_", "XDG_"))}
+        self.env = kept | {"HOME": str(directory), "PYTHONPATH": str(ROOT)} | dict(env or {})
+        self._count = 0
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stack.close()
+
+    def start(self, *args: str, env: Mapping[str, str] | None = None) -> Process:
+        """Start ``quictunnel ARGS``."""
+        self._count += 1
+        process = Process(self.directory, self._count, args, self.env | dict(env or {}))
+        self._stack.callback(process.kill)
+        return process
+
+    def run(self, *args: str, limit: float = 30.0, env: Mapping[str, str] | None = None) -> "Result":
+        """Run ``quictunnel ARGS`` to its end."""
+        process = self.start(*args, env=env)
+        status = process.exited(limit)
+        return Result(status, process.output, process.log)
+
+    def server(self, *args: str, engine: str = "auto", state: Path | None = None, quic_port: int = 0) -> Server:
+        """Start a server and wait until it is ready."""
+        self._count += 1
+        state = state or self.directory / f"server-{self._count}"
+        return Server(self, ("--engine", engine, *args), state, quic_port)
+
+    def client(
+        self, server: Server, backend: str, *args: str, tunnel: str = "app", engine: str = "auto", wait: bool = True
+    ) -> Client:
+        """Start a client of ``server`` with its join string, and wait until it serves unless ``wait`` is False."""
+        options = ("--join", server.join, "--tunnel", tunnel, "--engine", engine)
+        client = Client(self, backend, (*options, *args))
+        if wait:
+            client.process.ready()
+        return client
+
+    def tunnel(
+        self,
+        backend: str,
+        engines: tuple[str, str] = ("auto", "auto"),
+        *,
+        serve: tuple[str, ...] = (),
+        connect: tuple[str, ...] = (),
+        name: str = "app",
+    ) -> Tunnel:
+        """Start both sides; ``engines`` are the server's and the client's."""
+        server = self.server(*serve, engine=engines[0])
+        return Tunnel(server, self.client(server, backend, *connect, tunnel=name, engine=engines[1]), name)
+
+
+class Result:
+    """What a command left behind."""
+
+    def __init__(self, status: int, stdout: str, stderr: str) -> None:
+        self.status = status
+        self.stdout = stdout
+        self.stderr = stderr
+
+    def __iter__(self) -> Iterator[object]:
+        return iter((self.status, self.stdout, self.stderr))
+
+    def __repr__(self) -> str:
+        return f"<exit {self.status}: {self.stdout!r} {self.stderr!r}>"
