@@ -44,7 +44,7 @@ from quictunnel.settings import (
     TokenListSettings,
     TokenRevokeSettings,
 )
-from quictunnel.trust.files import TrustError
+from quictunnel.trust.files import TrustError, read_bounded
 
 __all__ = ["main"]
 
@@ -183,7 +183,21 @@ def _token_create(settings: TokenCreateSettings) -> int:
     until = "for ever" if expires is None else f"until {now + expires:%Y-%m-%d %H:%M} UTC"
     print(f"token {new.id}, good for {', '.join(settings.tunnel)} {until}; it is shown only now:", file=sys.stderr)
     print(new.secret)
+    join = _join_string(settings.state_dir, new.secret)
+    if join:
+        print(f"or, with the server's address and pin in one: quictunnel connect 3000 --join {join}", file=sys.stderr)
     return 0
+
+
+def _join_string(state_dir: Path, token: str) -> str:
+    """A join string with this token for the server that has run with the state directory; empty if none has."""
+    from quictunnel.trust.join import LOCAL_JOIN, TEXT_LIMIT, JoinString
+
+    try:
+        local = JoinString.parse(read_bounded(state_dir / LOCAL_JOIN, TEXT_LIMIT).decode("ascii"))
+    except (FileNotFoundError, ValueError):
+        return ""
+    return JoinString(local.address, local.ca_pin, token).encode()
 
 
 def _token_list(settings: TokenListSettings) -> int:

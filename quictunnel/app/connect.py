@@ -7,7 +7,7 @@ from pathlib import Path
 from loguru import logger
 
 from quictunnel.app.process import calm_collector, say, stop_signals
-from quictunnel.app.serve import LOCAL_JOIN, choose_engine
+from quictunnel.app.serve import choose_engine
 from quictunnel.client.agent import Agent, AgentConfig, FinalRefusal
 from quictunnel.client.choose import open_backend
 from quictunnel.client.fan_out import Backend, FanOut, host_rule
@@ -15,7 +15,7 @@ from quictunnel.options import CommandError
 from quictunnel.settings import ConnectSettings
 from quictunnel.trust.certificates import load_authorities
 from quictunnel.trust.files import read_bounded
-from quictunnel.trust.join import TEXT_LIMIT, JoinString
+from quictunnel.trust.join import LOCAL_JOIN, TEXT_LIMIT, JoinString
 from quictunnel.wire.control import Welcome
 
 __all__ = ["agent_config", "connect", "serve_session"]

@@ -18,13 +18,10 @@ from quictunnel.server.server import Server, ServerConfig
 from quictunnel.settings import ServeSettings
 from quictunnel.trust.certificates import check_pair, ensure_server_certificate, load_authorities, show
 from quictunnel.trust.files import TrustError, private_directory, write_private
-from quictunnel.trust.join import JoinString
+from quictunnel.trust.join import LOCAL_JOIN, JoinString
 from quictunnel.trust.tokens import TokenRefused, TokenStore
 
-__all__ = ["LOCAL_JOIN", "Identity", "identity_of", "serve"]
-
-LOCAL_JOIN: Final = "local.join"
-"the join string of clients on the server's own machine, beside the CA's key in the state directory and as private"
+__all__ = ["Identity", "identity_of", "serve"]
 
 _RENEWAL_CHECK: Final = 3600.0
 "seconds"

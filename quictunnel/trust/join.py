@@ -16,7 +16,10 @@ from typing import Final
 
 from quictunnel.wire.names import normalise_host
 
-__all__ = ["JoinString", "split_address"]
+__all__ = ["LOCAL_JOIN", "TEXT_LIMIT", "JoinString", "split_address"]
+
+LOCAL_JOIN: Final = "local.join"
+"the file in a server's state directory with the join string of clients on its own machine; as private as the CA's key"
 
 PREFIX: Final = "qt1_"
 PIN_SIZE: Final = 32
