@@ -14,6 +14,7 @@ Nothing of one ``feed`` is handed over before all of it has been found right.
 """
 
 import re
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
@@ -435,6 +436,7 @@ def _origin_form(method: bytes, target: bytes) -> bytes:
     return target if target[:1] == b"/" else b"/" + target
 
 
+@lru_cache(maxsize=1024)  # a server has few names; a head's limit bounds what each costs
 def _host(authority: bytes) -> tuple[str, int | None]:
     try:
         return parse_host(authority)

@@ -133,16 +133,16 @@ class Engine:
             configuration.load_verify_locations(cafile=ssl.get_default_verify_paths().cafile or certifi.where())
         return self.connection(configuration=configuration)
 
-    def may_open(self, connection: Connection, opened: int) -> bool:
-        """Whether the peer allows one more stream after ``opened`` of ours.
+    def streams_allowed(self, connection: Connection) -> int:
+        """How many streams of ours the peer allows, counted from the connection's beginning.
 
-        qh3 says what the peer allows and breaks when asked for more; aioquic doesn't say, and queues in silence, so
-        its callers rely on their own count of open streams being under every library's limit.
+        qh3 says it, and breaks when asked for more. aioquic doesn't say, and queues what is too much in silence: its
+        callers rely on their own count of open streams being under every library's limit.
         """
         if self.name == "qh3":
             allowed: int = connection.max_concurrent_bidi_streams  # type: ignore[attr-defined]
-            return opened < allowed
-        return True
+            return allowed
+        return 1 << 60
 
     def _configuration(self, **options: Any) -> Any:
         return self.configuration(

@@ -103,6 +103,7 @@ class Link:
         # most as many as the peer may have open.
         self._deaf: set[int] = set()
         self._opened = 0
+        self._allowed = 0  # how many the peer allows, as far as we last looked
         self.active = 0  # slots of ours in use
         self.ready = False
         self.draining = False  # no new exchange may start on it
@@ -159,8 +160,12 @@ class Link:
             and self.ready
             and not self.draining
             and self.closed is None
-            and self.engine.may_open(self._connection, self._opened)
+            and (self._opened < self._allowed or self._may_open())
         )
+
+    def _may_open(self) -> bool:
+        self._allowed = self.engine.streams_allowed(self._connection)
+        return self._opened < self._allowed
 
     def attach(self, leg: StreamLeg) -> None:
         """Give one of our slots to ``leg``; its stream is opened by the first flush that has bytes for it."""

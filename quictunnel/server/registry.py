@@ -1,6 +1,7 @@
 """The tunnels of a server, the sessions that serve them, and how one session and one link are chosen for a request."""
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -72,16 +73,10 @@ class Session:
 
     def choose_link(self) -> Link | None:
         """The link with the most room, a suspect one only when there is no other; None when no slot is free."""
-        best: Link | None = None
-        spare: Link | None = None
-        for link in self.links.values():
-            if not link.has_slot():
-                continue
-            if link.silent_for() > SUSPECT_AFTER:
-                spare = link
-            elif best is None or link.active < best.active:
-                best = link
-        return best or spare
+        best = _most_room(self.links.values())
+        if best is not None and best.silent_for() > SUSPECT_AFTER:
+            return _most_room(link for link in self.links.values() if link.silent_for() <= SUSPECT_AFTER) or best
+        return best
 
     def ask_for_links(self, waiting: int, maximum: int) -> None:
         """Have the client open as many links as the load wants, if it has not been asked already."""
@@ -114,6 +109,14 @@ class Session:
             if link.closed is None:
                 link.send_control(message)
                 return
+
+
+def _most_room(links: Iterable[Link]) -> Link | None:
+    best: Link | None = None
+    for link in links:
+        if (best is None or link.active < best.active) and link.has_slot():
+            best = link
+    return best
 
 
 class Tunnel:

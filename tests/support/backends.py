@@ -20,13 +20,27 @@ LIMIT = 30.0
 "seconds that a backend waits for anything"
 
 
+class _HandlerChanged(Exception):
+    """A kept connection got a request that is for another handler than the one that waits for it."""
+
+
 class Connection:
     """One connection that a RawBackend has accepted."""
 
     def __init__(self, sock: socket.socket, backend: "RawBackend") -> None:
         self.sock = sock
         self.backend = backend
+        self._handler = backend.handler
         self._read = b""
+
+    def run(self) -> None:
+        """Have the backend's handler do its work."""
+        while True:
+            try:
+                self._handler(self)
+                return
+            except _HandlerChanged:
+                self._handler = self.backend.handler
 
     def head(self) -> bytes:
         """A request's head with its empty line, noted in ``backend.requests``; empty when there is no other one."""
@@ -35,6 +49,8 @@ class Connection:
             if not data:
                 return b""
             self._read += data
+        if self._handler is not self.backend.handler:
+            raise _HandlerChanged
         head, mark, self._read = self._read.partition(b"\r\n\r\n")
         self.backend.requests.append(head + mark)
         return head + mark
@@ -124,7 +140,7 @@ def echo(connection: Connection) -> None:
 class RawBackend:
     """A socket that hands each connection to ``handler`` in a thread of its own; closed when the handler returns.
 
-    It listens on a free port of 127.0.0.1, or on the unix socket ``path``; with ``tls`` it speaks TLS.
+    ``handler`` may be changed at any time: the next request on any connection is for the new one. It listens on a free port of 127.0.0.1, or on the unix socket ``path``; with ``tls`` it speaks TLS.
     """
 
     def __init__(self, handler: Handler, *, path: Path | None = None, tls: ssl.SSLContext | None = None) -> None:
@@ -204,7 +220,7 @@ class RawBackend:
                     sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
                     self._open.add(sock)
                 sock.do_handshake()
-            self.handler(Connection(sock, self))
+            Connection(sock, self).run()
         except OSError:
             pass  # the other side went away, or the test is over
         finally:

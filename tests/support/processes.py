@@ -146,10 +146,11 @@ class Server:
         options = ("--http", places[0], "--quic", places[1], "--state-dir", str(self.state))
         self.process = self.processes.start("serve", *options, *self.args)
         self.facts = self.process.ready()
+        line = self.process.said(r"^clients connect with: .*\n")[0]
         self.http = ("127.0.0.1", int(self.facts["http"].rpartition(":")[2]))
         self.quic_port = int(self.facts["quic"].rpartition(":")[2])
         self._ports = (self.http[1], self.quic_port)
-        found = re.search(r"--join (\S+)", self.process.output)
+        found = re.search(r"--join (\S+)", line)
         self.join = found[1] if found else ""
 
     @property
