@@ -414,6 +414,8 @@ def _help(field: FieldInfo) -> str:
         home = str(Path.home())
         default = "~" + str(default)[len(home) :] if str(default).startswith(home + os.sep) else default
     shown = "" if default is None or default in (False, (), "") else f" (default: {default})"
+    if field.is_required() and not option_of(field).positional:
+        shown = " (needed)"
     return f"{field.description}{shown}".replace("%", "%%")
 
 

@@ -155,7 +155,9 @@ class ServeSettings(LogSettings):
 
     table: ClassVar[str] = "serve"
 
-    http: Listen = _default("127.0.0.1:8080", "where visitors come in")
+    http: Listen = _default(
+        "127.0.0.1:8080", "where visitors come in; 0.0.0.0:8080 is port 8080 on every address of this machine"
+    )
     quic: Listen = _default(f"127.0.0.1:{DEFAULT_QUIC_PORT}", "where clients come in (UDP)")
     domain: Annotated[str, BeforeValidator(parse_domain), Option("NAME")] = _default(
         "localhost", "tunnels are reached as NAME.DOMAIN"
@@ -345,7 +347,9 @@ class TokenCreateSettings(_TokenSettings):
     tunnel: Annotated[Texts, MinLen(1), Option("PATTERN")] = _required(
         "the tunnel names it is good for, such as app or 'team-*'; may be repeated"
     )
-    expires: Annotated[str, BeforeValidator(_check_expiry), Option("TIME")] = _default("never", "30d, 12h, … or never")
+    expires: Annotated[str, BeforeValidator(_check_expiry), Option("AGE")] = _default(
+        "never", "how long it is good for: 90m, 12h, 30d, 2w, 1d12h or never"
+    )
     note: Annotated[str, Option("TEXT")] = _default("", "what it is for, shown by list")
 
 

@@ -19,6 +19,7 @@ from quictunnel.demo import app
 from quictunnel.log import AccessLog
 from quictunnel.options import CommandError
 from quictunnel.quic.engine import Engine
+from quictunnel.quic.sockets import settle
 from quictunnel.server.server import Server
 from quictunnel.settings import DemoSettings, ServeSettings
 from quictunnel.trust.tokens import TokenStore
@@ -69,6 +70,7 @@ async def _demo(settings: DemoSettings, engine: Engine, directory: Path, stopped
         running.cancel()
         server.close()
         await backend.aclose(1.0)
+        await settle()
 
 
 async def _start_server(

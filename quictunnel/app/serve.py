@@ -13,6 +13,7 @@ from quictunnel.http.visitor import VisitorLimits
 from quictunnel.log import AccessLog
 from quictunnel.options import CommandError
 from quictunnel.quic.engine import Engine, ServerIdentity, select_engine
+from quictunnel.quic.sockets import settle
 from quictunnel.server.registry import RegistryLimits
 from quictunnel.server.server import Server, ServerConfig
 from quictunnel.settings import ServeSettings
@@ -59,6 +60,7 @@ async def serve(settings: ServeSettings) -> int:
         finally:
             renewal.cancel()
             server.close()
+            await settle()
     return 0
 
 

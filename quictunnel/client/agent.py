@@ -22,6 +22,7 @@ from quictunnel.client.fan_out import FanOut
 from quictunnel.quic.dial import DialError, dial
 from quictunnel.quic.engine import ClientTrust, Engine
 from quictunnel.quic.link import Link, LinkClosed, LinkOwner
+from quictunnel.quic.sockets import settle
 from quictunnel.quic.stream import StreamLeg
 from quictunnel.trust.certificates import diagnose, pinned_authority
 from quictunnel.trust.files import TrustError
@@ -117,6 +118,7 @@ class Agent(LinkOwner):
         self._authority = config.authority
         self._links: dict[int, Link] = {}
         self._closed: dict[Link, asyncio.Event] = {}
+        self._open_links: set[Link] = set()  # those whose sockets are open, a moment longer than the links
         self._answers: dict[Link, asyncio.Future[ControlMessage]] = {}
         self._wanted = 1
         self._keepers: dict[int, asyncio.Task[None]] = {}
@@ -138,9 +140,10 @@ class Agent(LinkOwner):
             raise failures.exceptions[0] from None
         finally:
             self._group = None
-            for link in list(self._closed):
+            for link in list(self._open_links):
                 link.close(ErrorCode.NO_ERROR, "the client stops")
                 link.abandon(LinkClosed(0, ""))
+            await settle()
 
     async def stop(self, grace: float) -> None:
         """Take nothing new, finish what is under way within ``grace`` seconds, and leave."""
@@ -182,10 +185,23 @@ class Agent(LinkOwner):
                 await self._wait(backoff.delay(), index, error)
                 continue
             except _TryLater as error:
-                await self._wait(max(backoff.delay(), error.retry_after or 0.0), index, error)
+                await self._wait(min(max(backoff.delay(), error.retry_after or 0.0), LONGEST_RETRY), index, error)
                 continue
-            backoff.reset()
+            except (FinalRefusal, asyncio.CancelledError):
+                raise
+            except Exception as error:
+                # A fault of ours must not do what no network can: end the client.
+                logger.opt(exception=error).error("link {}: {!r}", index, error)
+                await self._wait(backoff.delay(), index, error)
+                continue
+            loop = asyncio.get_running_loop()
+            began = loop.time()
             await self._watch(index, link)
+            if loop.time() - began > LONGEST_RETRY:
+                backoff.reset()
+            elif index < self._wanted:
+                # Whoever is thrown out soon after each welcome must not dial in a rush.
+                await asyncio.sleep(backoff.delay())
 
     async def _wait(self, delay: float, index: int, why: Exception) -> None:
         level = "WARNING" if index == 0 else "DEBUG"
@@ -230,6 +246,7 @@ class Agent(LinkOwner):
         if link.closed is not None:
             raise DialError(str(link.closed))
         self._closed[link] = asyncio.Event()
+        self._open_links.add(link)
         return link
 
     async def _ask(self, link: Link, message: ControlMessage) -> ControlMessage:
@@ -338,6 +355,9 @@ class Agent(LinkOwner):
             self.serving = False
             if not self._stopping.is_set():
                 logger.warning("= the connection to the server was lost: {}", why)
+
+    def link_terminated(self, link: Link) -> None:
+        self._open_links.discard(link)
 
     def _welcome(self, welcome: Welcome) -> None:
         # The name stays ours from now on, also if the server chose it.

@@ -108,7 +108,10 @@ class Engine:
     def server_configuration(self, identity: ServerIdentity, datagram_size: int) -> Any:
         """What every connection of a listener shares. Raises OSError and ValueError for files that cannot be used."""
         configuration = self._configuration(is_client=False, max_datagram_size=datagram_size)
-        configuration.load_cert_chain(identity.certificate, identity.key)
+        try:
+            configuration.load_cert_chain(identity.certificate, identity.key)
+        except IndexError:
+            raise ValueError(f"there is no certificate in {identity.certificate}") from None  # qh3's way to say so
         return configuration
 
     def accept(self, configuration: Any, original_cid: bytes, retry_cid: bytes | None) -> Connection:

@@ -71,6 +71,9 @@ class LinkOwner:
     def link_closed(self, link: "Link", why: LinkClosed) -> None:
         """The link is gone; its exchanges have been aborted."""
 
+    def link_terminated(self, link: "Link") -> None:
+        """Nothing more will be sent or received on the link."""
+
 
 class Link:
     """One QUIC connection, either end."""
@@ -123,7 +126,7 @@ class Link:
 
         # for one turn of the loop
         self._dirty: list[StreamLeg] = []
-        self._flushing = False
+        self._scheduled = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
 
@@ -228,9 +231,9 @@ class Link:
 
     def schedule(self) -> None:
         """There are packets to send."""
-        if not self._flushing:
-            self._flushing = True
-            self._loop.call_soon(self.flush)
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._turn_ended)
 
     def open_stream(self, leg: StreamLeg) -> int:
         """The id of a new stream; bytes must be written to it before anything else happens."""
@@ -262,9 +265,12 @@ class Link:
                 self._opened -= 1  # it ended before its stream was opened
             self.owner.link_slot_free(self, leg)
 
+    def _turn_ended(self) -> None:
+        self._scheduled = False
+        self.flush()
+
     def flush(self) -> None:
         """Write what the dirty legs hold and send all packets that may go."""
-        self._flushing = False
         if self.terminated:
             self._dirty.clear()
             return
@@ -456,3 +462,4 @@ class Link:
             self._timer.cancel()
             self._timer = None
         self.on_terminated(self)
+        self.owner.link_terminated(self)

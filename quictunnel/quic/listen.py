@@ -17,7 +17,7 @@ from quictunnel.quic.engine import (
     retry_packet,
     version_negotiation_packet,
 )
-from quictunnel.quic.link import Link, LinkOwner
+from quictunnel.quic.link import Link, LinkClosed, LinkOwner
 from quictunnel.quic.sockets import DATAGRAM_SIZE, enlarge_buffers
 from quictunnel.wire.credit import WindowBudget
 from quictunnel.wire.errors import ErrorCode
@@ -205,7 +205,13 @@ class LinkListener(asyncio.DatagramProtocol):
             if since > late:
                 break
             del self._half_open[link]
-            link.close(ErrorCode.REQUEST_TIMEOUT, "no hello came in time")
+            why = "no hello came in time"
+            if link.ready:
+                link.close(ErrorCode.REQUEST_TIMEOUT, why)
+            else:
+                # In silence: a goodbye to an address that isn't proved could be more than it may be sent (RFC 9000
+                # section 8.1).
+                link.abandon(LinkClosed(ErrorCode.REQUEST_TIMEOUT, why))
 
     def _send(self, data: bytes, address: Any) -> None:
         transport = self._transport

@@ -1,9 +1,10 @@
 """UDP sockets as both ends of a link need them."""
 
+import asyncio
 import socket
 from typing import Final
 
-__all__ = ["DATAGRAM_SIZE", "enlarge_buffers"]
+__all__ = ["DATAGRAM_SIZE", "enlarge_buffers", "settle"]
 
 # Fits every path that carries QUIC (RFC 9000 section 14).
 DATAGRAM_SIZE: Final = 1200
@@ -11,6 +12,12 @@ DATAGRAM_SIZE: Final = 1200
 # A burst of a whole congestion window arrives faster than Python reads it; what does not fit is lost and halves the
 # window.
 _BUFFER_SIZE: Final = 4 * 1024 * 1024
+
+
+async def settle() -> None:
+    """Let sockets that were closed just now be closed: event loops do it in the turn after, and uvloop in the next."""
+    for _ in range(3):
+        await asyncio.sleep(0)
 
 
 def enlarge_buffers(sock: socket.socket) -> None:

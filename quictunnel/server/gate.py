@@ -119,6 +119,8 @@ class Gate(LinkOwner):
             raise _Refused("limit", f"a session has at most {self._registry.limits.max_links} links", retry_after=60.0)
         now = self._now()
         try:
+            # A token that was made a moment ago must do.
+            self._tokens.reload_if_changed()
             grant = self._tokens.verify(hello.token, hello.tunnel or self._name_for(hello), now)
         except TokenRefused as refused:
             raise _Refused(f"token_{refused.kind}", refused.text) from None

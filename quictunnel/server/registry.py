@@ -135,14 +135,19 @@ class Tunnel:
         return f"<Tunnel {self.name} sessions={len(self.sessions)} in_flight={self.in_flight}>"
 
     def choose_session(self) -> tuple[Session, Link] | None:
-        """The session with the fewest exchanges in flight that has a free slot."""
+        """The session with a free slot and the fewest exchanges in flight; a suspect one only if there is no other."""
         best: tuple[Session, Link] | None = None
+        suspect: tuple[Session, Link] | None = None
         for session in self.sessions.values():
             if best is None or session.in_flight < best[0].in_flight:
                 link = session.choose_link()
-                if link is not None:
+                if link is None:
+                    continue
+                if link.silent_for() <= SUSPECT_AFTER:
                     best = session, link
-        return best
+                elif suspect is None or session.in_flight < suspect[0].in_flight:
+                    suspect = session, link
+        return best or suspect
 
 
 class Registry:
@@ -184,13 +189,14 @@ class Registry:
             self._sessions += 1
             session = Session(session_id, self._sessions, tunnel, grant, agent, now)
             tunnel.sessions[session_id] = session
-        replaced = session.links.pop(index, None)
+        replaced = session.links.get(index)
+        session.links[index] = link
+        link.session = session
         if replaced is not None:
+            # Only now: a session whose last link is closed is over.
             replaced.draining = True
             session.lingering.add(replaced)
             session.close_if_done(replaced)
-        session.links[index] = link
-        link.session = session
         return session
 
     def unregister(self, link: Link) -> Session | None:
@@ -257,10 +263,11 @@ class Registry:
     def serve_waiting(self, tunnel: Tunnel) -> None:
         """Hand free slots to those who wait, in order."""
         while tunnel.waiting:
-            _, leg = tunnel.waiting[0]
-            if not leg.ended and not self._assign(tunnel, leg):
+            # Taken out first: giving a slot may free another, and that one is for the next in line.
+            place = tunnel.waiting.popleft()
+            if not place[1].ended and not self._assign(tunnel, place[1]):
+                tunnel.waiting.appendleft(place)
                 return
-            tunnel.waiting.popleft()
         self._waiting.discard(tunnel)
 
     def expire_waiting(self, now: float) -> None:
