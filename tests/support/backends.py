@@ -181,6 +181,17 @@ class RawBackend:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
+    def cut(self) -> None:
+        """Cut every connection, and wait until the last of them is over."""
+        with self._lock:
+            open_now = list(self._open)
+            for sock in open_now:
+                with suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+        for thread in list(self._threads[1:]):
+            thread.join(LIMIT)
+        del self._threads[1:]
+
     def close(self) -> None:
         """Cut every connection and listen no more."""
         if self._closed:

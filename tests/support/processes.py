@@ -165,9 +165,10 @@ class Server:
 class Client:
     """``quictunnel connect``."""
 
-    def __init__(self, processes: "Processes", backend: str, args: tuple[str, ...]) -> None:
+    def __init__(self, processes: "Processes", backend: str, engine: str, args: tuple[str, ...]) -> None:
         self.processes = processes
-        self.args = (backend, *args)
+        self.engine = engine
+        self.args = (backend, "--engine", engine, *args)
         self.start()
 
     def start(self) -> None:
@@ -230,8 +231,7 @@ class Processes:
         self, server: Server, backend: str, *args: str, tunnel: str = "app", engine: str = "auto", wait: bool = True
     ) -> Client:
         """Start a client of ``server`` with its join string, and wait until it serves unless ``wait`` is False."""
-        options = ("--join", server.join, "--tunnel", tunnel, "--engine", engine)
-        client = Client(self, backend, (*options, *args))
+        client = Client(self, backend, engine, ("--join", server.join, "--tunnel", tunnel, *args))
         if wait:
             client.process.ready()
         return client

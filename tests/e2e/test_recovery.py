@@ -1,0 +1,169 @@
+"""Ends that go away, by kill -9 and by SIGTERM, and what the others do about it."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.support.backends import Connection, RawBackend, answer
+from tests.support.processes import Processes, free_udp_port, poll
+from tests.support.visits import Answer, visit
+
+
+@pytest.fixture
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    with Processes(tmp_path_factory.mktemp("processes")) as processes:
+        yield processes
+
+
+def serves(address: tuple[str, int], host: str = "app.localhost") -> Callable[[], bool]:
+    def ask() -> bool:
+        try:
+            return visit(address, host=host, limit=2.0).status == 200
+        except OSError:
+            return False
+
+    return ask
+
+
+def test_client_killed_and_started_again_serves_at_once(engine: str, processes: Processes) -> None:
+    with RawBackend(answer()) as backend:
+        tunnel = processes.tunnel(backend.target, (engine, engine))
+        tunnel.client.process.kill()
+        # The kernel of a killed client's machine answers for it: nobody listens. Until that is noticed, requests wait or fail.
+        tunnel.client.start()
+        tunnel.client.process.ready()
+        poll(serves(tunnel.address), 5.0)
+        assert all(serves(tunnel.address)() for _ in range(20))
+
+
+def test_request_in_flight_at_a_killed_client_is_not_answered_as_complete(engine: str, processes: Processes) -> None:
+    begun = threading.Event()
+
+    def half(connection: Connection) -> None:
+        connection.head()
+        connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + b"x" * 500)
+        begun.set()
+        connection.gone()
+
+    with RawBackend(half) as backend:
+        tunnel = processes.tunnel(backend.target, (engine, engine))
+        found: list[Exception | Answer] = []
+
+        def ask() -> None:
+            try:
+                found.append(visit(tunnel.address, limit=60))
+            except Exception as error:
+                found.append(error)
+
+        visitor = threading.Thread(target=ask)
+        visitor.start()
+        assert begun.wait(10)
+        tunnel.client.process.stop()
+        visitor.join(60)
+        assert isinstance(found[0], Exception)
+
+
+def test_server_killed_and_started_again_is_served_by_its_client_within_five_seconds(
+    engines: tuple[str, str], processes: Processes
+) -> None:
+    with RawBackend(answer()) as backend:
+        server = processes.server(engine=engines[0], quic_port=free_udp_port())
+        processes.client(server, backend.target, engine=engines[1])
+        assert serves(server.http)()
+        server.process.kill()
+        server.start()
+        began = time.monotonic()
+        poll(serves(server.http), 10.0)
+        assert time.monotonic() - began < 5.0
+
+
+def test_client_that_is_there_first_waits_for_its_server(engine: str, processes: Processes) -> None:
+    with RawBackend(answer()) as backend:
+        server = processes.server(engine=engine, quic_port=free_udp_port())
+        server.process.kill()
+        client = processes.client(server, backend.target, engine=engine, wait=False)
+        client.process.said("cannot reach the server")
+        client.process.said("next try in 0.[0-9]")
+        assert client.process.running
+        server.start()
+        client.process.ready()
+        assert serves(server.http)()
+
+
+@pytest.mark.parametrize("side", ["server", "client"])
+def test_sigterm_lets_a_slow_request_finish(engine: str, processes: Processes, side: str) -> None:
+    come, go = threading.Event(), threading.Event()
+
+    def slow(connection: Connection) -> None:
+        head = connection.head()
+        if head:
+            come.set()
+            assert go.wait(20)
+            connection.answer(200, b"late but whole")
+
+    with RawBackend(slow) as backend:
+        tunnel = processes.tunnel(backend.target, (engine, engine))
+        process = tunnel.server.process if side == "server" else tunnel.client.process
+        answers: list[Answer] = []
+        visitor = threading.Thread(target=lambda: answers.append(visit(tunnel.address)))
+        visitor.start()
+        assert come.wait(10)
+        process.signal(signal.SIGTERM)
+        process.said("stopping")
+        go.set()
+        visitor.join(20)
+        assert answers[0].status == 200
+        assert answers[0].body == b"late but whole"
+        assert process.exited() == 0
+
+
+def test_grace_bounds_the_end(processes: Processes) -> None:
+    come = threading.Event()
+
+    def never(connection: Connection) -> None:
+        connection.head()
+        come.set()
+        connection.gone()
+
+    with RawBackend(never) as backend:
+        tunnel = processes.tunnel(backend.target, serve=("--grace", "1"))
+
+        def ask() -> None:
+            with pytest.raises(OSError):  # noqa: PT011
+                visit(tunnel.address)
+
+        visitor = threading.Thread(target=ask)
+        visitor.start()
+        assert come.wait(10)
+        began = time.monotonic()
+        assert tunnel.server.process.stop() == 0
+        assert time.monotonic() - began < 5
+        visitor.join(10)
+
+
+def test_two_clients_share_a_tunnel_and_one_leaves_unnoticed(engine: str, processes: Processes) -> None:
+    with RawBackend(answer(200, b"one")) as first, RawBackend(answer(200, b"two")) as second:
+        server = processes.server(engine=engine)
+        one = processes.client(server, first.target, engine=engine)
+        processes.client(server, second.target, engine=engine)
+        barrier: set[bytes] = set()
+
+        def ask() -> None:
+            barrier.add(visit(server.http).body)
+
+        for _ in range(10):
+            visitors = [threading.Thread(target=ask) for _ in range(8)]
+            for visitor in visitors:
+                visitor.start()
+            for visitor in visitors:
+                visitor.join(20)
+        assert barrier == {b"one", b"two"}
+        stopping = threading.Thread(target=one.process.stop)
+        stopping.start()
+        statuses = [visit(server.http).status for _ in range(50)]
+        stopping.join(20)
+        assert set(statuses) == {200}
+        assert visit(server.http).body == b"two"

@@ -1,0 +1,361 @@
+"""Two whole ends in memory: a server and its clients as they are, on a network and a clock that the test turns.
+
+Only datagrams are caught, where the event loop would hand them to the kernel; everything above is the product.
+"""
+
+import asyncio
+import socket
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from datetime import UTC, datetime
+from ipaddress import IPv4Network
+from pathlib import Path
+from typing import Any, TypeVar
+
+from quictunnel.client.agent import Agent, AgentConfig
+from quictunnel.client.fan_out import FanOut
+from quictunnel.exchange import Leg
+from quictunnel.http.visitor_connection import VisitorConnection
+from quictunnel.log import AccessLog
+from quictunnel.quic.engine import select_engine
+from quictunnel.server.registry import RegistryLimits, Session
+from quictunnel.server.server import Server, ServerConfig
+from quictunnel.trust.tokens import TokenStore
+from quictunnel.wire.errors import TunnelError
+from quictunnel.wire.frames import Data, End, Frame, RequestHead, ResponseHead
+from tests.support.clock import ClockLoop
+from tests.support.memory import identity
+from tests.support.visitors import FakeTransport
+
+__all__ = ["Backend", "Datagrams", "Ends", "Request", "Visit", "play"]
+
+T = TypeVar("T")
+Address = tuple[str, int]
+
+
+class Endpoint(asyncio.DatagramTransport):
+    """A UDP socket whose datagrams go through ``Datagrams``."""
+
+    def __init__(self, network: "Datagrams", sock: socket.socket, protocol: asyncio.DatagramProtocol) -> None:
+        super().__init__({"socket": sock})
+        self._network = network
+        self._sock = sock
+        self.protocol = protocol
+        self.address: Address = sock.getsockname()[:2]
+        try:
+            self.peer: Address | None = sock.getpeername()[:2]
+        except OSError:
+            self.peer = None
+        self._open = True
+
+    def sendto(self, data: Any, addr: Any = None) -> None:
+        if self._open:
+            self._network.carry(bytes(data), self, self.peer or tuple(addr[:2]))
+
+    def is_closing(self) -> bool:
+        return not self._open
+
+    def close(self) -> None:
+        if self._open:
+            self._open = False
+            self._network.endpoints.pop(self.address, None)
+            self._sock.close()
+
+    abort = close
+
+
+class Datagrams:
+    """Carries datagrams in ``delay`` seconds; ``lose`` is asked of each with its source and its destination."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.delay = 0.005
+        self.endpoints: dict[Address, Endpoint] = {}
+        self.lose: Callable[[Address, Address], bool] = lambda source, destination: False
+        self.dials: list[float] = []
+        "when clients opened their sockets"
+        self.tells = True
+        "whether a sender learns that nobody listens where it sends (ICMP)"
+
+    def carry(self, data: bytes, source: Endpoint, destination: Address) -> None:
+        if not self.lose(source.address, destination):
+            self._loop.call_later(self.delay, self._deliver, data, source, destination)
+
+    def _deliver(self, data: bytes, source: Endpoint, destination: Address) -> None:
+        endpoint = self.endpoints.get(destination)
+        if endpoint is not None:
+            endpoint.protocol.datagram_received(data, source.address)
+        elif self.tells and source.peer is not None and not source.is_closing():
+            source.protocol.error_received(ConnectionRefusedError(111, "refused"))
+
+
+class EndsLoop(ClockLoop):
+    """A turned clock, names without threads, and sockets whose datagrams go through ``datagrams``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.datagrams = Datagrams(self)
+
+    async def getaddrinfo(self, host: Any, port: Any, **options: Any) -> Any:
+        return socket.getaddrinfo(host, port, **options)
+
+    async def create_datagram_endpoint(self, protocol_factory: Any, *args: Any, **options: Any) -> Any:
+        protocol = protocol_factory()
+        endpoint = Endpoint(self.datagrams, options["sock"], protocol)
+        self.datagrams.endpoints[endpoint.address] = endpoint
+        if endpoint.peer is not None:
+            self.datagrams.dials.append(self.time())
+        protocol.connection_made(endpoint)
+        return endpoint, protocol
+
+
+class Request(Leg):
+    """A request as it came to the backend, which answers when the test says so."""
+
+    def __init__(self, backend: "Backend") -> None:
+        super().__init__()
+        self._backend = backend
+        self.frames: list[Frame] = []
+        self.error: TunnelError | None = None
+        self.paused = False
+
+    @property
+    def head(self) -> RequestHead:
+        head = self.frames[0]
+        assert isinstance(head, RequestHead)
+        return head
+
+    def receive(self, frame: Frame) -> None:
+        self.frames.append(frame)
+        if isinstance(frame, End):
+            self._backend.on_request(self)
+
+    def pause(self) -> None:
+        self.paused = True
+
+    def resume(self) -> None:
+        self.paused = False
+
+    def abort(self, error: TunnelError) -> None:
+        self.error = error
+        self._backend.open_requests.discard(self)
+
+    def answer(self, status: int = 200, body: bytes = b"ok") -> None:
+        """Send a whole answer, if anyone still waits for it."""
+        if self in self._backend.open_requests:
+            self._backend.open_requests.discard(self)
+            peer = self.peer
+            peer.receive(ResponseHead(status, [(b"content-length", b"%d" % len(body))]))
+            if body:
+                peer.receive(Data(body))
+            self.detach()
+            peer.receive(End())
+
+
+class Backend:
+    """What a client forwards to: it holds every request until it is told to answer, unless ``after`` says how long."""
+
+    def __init__(self, after: float | None = 0.0) -> None:
+        self.after = after
+        self.requests: list[Request] = []
+        self.open_requests: set[Request] = set()
+        self.name = "memory"
+        self.authority = "backend.example"
+
+    def open(self) -> Leg:
+        request = Request(self)
+        self.requests.append(request)
+        self.open_requests.add(request)
+        return request
+
+    def on_request(self, request: Request) -> None:
+        """A request is whole."""
+        if self.after is not None:
+            asyncio.get_running_loop().call_later(self.after, request.answer)
+
+    def answer_all(self) -> None:
+        """Answer what waits, and from now on everything at once."""
+        self.after = 0.0
+        for request in list(self.open_requests):
+            request.answer()
+
+    async def aclose(self, grace: float = 0.0) -> None:
+        pass
+
+
+class VisitorTransport(FakeTransport):
+    """What is written to it after its end is dropped, as a socket's transport does."""
+
+    def write(self, data: Any) -> None:
+        if not self.closed:
+            super().write(data)
+
+
+class Visit:
+    """A visitor with one request under way."""
+
+    def __init__(self, server: Server, target: str, host: str, fields: tuple[str, ...]) -> None:
+        self.transport = VisitorTransport()
+        self.connection = VisitorConnection(server.visitors)
+        self.transport.protocol = self.connection
+        self.connection.connection_made(self.transport)
+        lines = (f"GET {target} HTTP/1.1", f"Host: {host}", *fields, "", "")
+        self.connection.data_received("\r\n".join(lines).encode())
+
+    @property
+    def answer(self) -> str:
+        """What came so far."""
+        return self.transport.written.decode()
+
+    @property
+    def status(self) -> int:
+        """Of the answer, 0 as long as there is none."""
+        return int(self.answer[9:12]) if self.answer else 0
+
+    @property
+    def error(self) -> str:
+        """The error type of Proxy-Status."""
+        _, _, rest = self.answer.partition("quictunnel; error=")
+        return rest.partition(";")[0].partition("\r")[0]
+
+    def leave(self) -> None:
+        """Go away."""
+        self.transport.abort()
+
+
+class Ends:
+    """A server, its clients and its visitors."""
+
+    def __init__(self, engines: tuple[str, str], directory: Path) -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, EndsLoop)
+        self.loop = loop
+        self.network = loop.datagrams
+        self._engines = [select_engine(name) for name in engines]
+        self._files, self._authority = identity()
+        self.tokens = TokenStore(directory)
+        self.tokens.load()
+        self.token = self.tokens.create(["*"], None, datetime.now(UTC))
+        self.limits = RegistryLimits(slot_wait=2.0)
+        self.default_tunnel = False
+        self.trusted_proxies: tuple[IPv4Network, ...] = ()
+        self.server: Server
+        self._servers: list[Server] = []
+        self._agents: dict[Agent, asyncio.Task[None]] = {}
+        self._port = 0
+
+    # The server
+
+    async def serve(self) -> Server:
+        """Start the server, or another one at the same address in its place."""
+        config = ServerConfig(
+            http=("127.0.0.1", 0),
+            quic=("127.0.0.1", self._port),
+            domain="localhost",
+            identity=self._files,
+            authority=self._authority.decode(),
+            default_tunnel=self.default_tunnel,
+            trusted_proxies=self.trusted_proxies,
+            registry=self.limits,
+        )
+        self.server = Server(config, self._engines[0], self.tokens, AccessLog("text", enabled=False))
+        self._servers.append(self.server)
+        await self.server.start()
+        self._port = self.server.quic_address[1]
+        return self.server
+
+    def kill_server(self) -> None:
+        """It is gone and has told nobody."""
+        self.network.endpoints[self.quic_address].close()
+
+    @property
+    def quic_address(self) -> Address:
+        return ("127.0.0.1", self._port)
+
+    def session(self, tunnel: str = "app") -> Session:
+        """The only session of a tunnel."""
+        (session,) = self.server.registry.tunnels[tunnel].sessions.values()
+        return session
+
+    # Clients
+
+    def connect(self, backend: Backend | None = None, **options: Any) -> Agent:
+        """Start a client; ``options`` are those of AgentConfig."""
+        config = AgentConfig(
+            host="127.0.0.1",
+            port=self._port,
+            server_name="127.0.0.1",
+            token=self.token.secret,
+            tunnel="app",
+            authority=self._authority,
+        )
+        agent = Agent(replace(config, **options), self._engines[1], FanOut(backend or Backend()))
+        self._agents[agent] = self.loop.create_task(agent.run())
+        return agent
+
+    async def connected(self, backend: Backend | None = None, **options: Any) -> Agent:
+        """Start a client and wait until it serves."""
+        agent = self.connect(backend, **options)
+        await self.until(lambda: agent.serving or self._agents[agent].done())
+        if self._agents[agent].done():
+            await self._agents[agent]
+        return agent
+
+    async def ended(self, agent: Agent) -> None:
+        """Wait until a client has ended by itself. Raises what it ended with."""
+        async with asyncio.timeout(300):
+            await self._agents.pop(agent)
+
+    def client_addresses(self) -> set[Address]:
+        return set(self.network.endpoints) - {self.quic_address}
+
+    # Visitors
+
+    def visit(self, target: str = "/", *fields: str, host: str = "app.localhost") -> Visit:
+        """A visitor comes with a request."""
+        return Visit(self.server, target, host, fields)
+
+    async def visited(self, target: str = "/", *fields: str, host: str = "app.localhost") -> Visit:
+        """A visitor comes and has its answer."""
+        visit = self.visit(target, *fields, host=host)
+        await self.until(lambda: visit.status != 0)
+        return visit
+
+    # Time
+
+    async def until(self, condition: Callable[[], object], seconds: float = 120.0) -> float:
+        """Let time pass until the condition holds; how much it took."""
+        began = self.loop.time()
+        while not condition():
+            assert self.loop.time() < began + seconds, "it did not come true in time"
+            await asyncio.sleep(0.002)
+        return self.loop.time() - began
+
+    async def close(self) -> None:
+        """End everything, whatever its state."""
+        for task in self._agents.values():
+            task.cancel()
+        await asyncio.gather(*self._agents.values(), return_exceptions=True)
+        for server in self._servers:
+            server.close()
+        for endpoint in list(self.network.endpoints.values()):
+            endpoint.close()  # of links that were saying goodbye
+        await asyncio.sleep(0)
+
+
+def play(
+    scenario: Callable[[Ends], Coroutine[Any, Any, T]], engines: tuple[str, str], directory: Path, *, serve: bool = True
+) -> T:
+    """Run a scenario to its end under the turned clock, with a running server unless ``serve`` is False."""
+
+    async def work() -> T:
+        ends = Ends(engines, directory)
+        try:
+            if serve:
+                await ends.serve()
+            return await scenario(ends)
+        finally:
+            await ends.close()
+
+    with asyncio.Runner(loop_factory=EndsLoop) as runner:
+        return runner.run(work())
