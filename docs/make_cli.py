@@ -3,7 +3,8 @@
     .venv/bin/python docs/make_cli.py            # write them anew
     .venv/bin/python docs/make_cli.py --check    # exit with 1 if they are not as declared
 
-The text around the tables is written by hand. A table stands between ``<!-- options: COMMAND -->`` and ``<!-- end -->``.
+The text around the tables is written by hand. A table stands between ``<!-- options: COMMAND -->`` and
+``<!-- end -->``.
 """
 
 import re

@@ -69,6 +69,7 @@ def set_up(level: str = "info", form: Format = "text", file: Path | None = None)
     Returns what flushes and takes it all down again. Raises OSError if the file cannot be written.
     """
     logger.remove()
+    logger.enable("quictunnel")
     logger.configure(patcher=_patch)
     if file is None:
         colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ

@@ -138,12 +138,15 @@ LIMITS = Option(group="limits")
 LOG = Option(group="log")
 
 
+Level = Annotated[
+    Literal["trace", "debug", "info", "warning", "error"], Word, LOG, Option("trace|debug|info|warning|error")
+]
+
+
 class LogSettings(Settings):
     """What every command that stays running says, and where."""
 
-    log_level: Annotated[
-        Literal["trace", "debug", "info", "warning", "error"], Word, LOG, Option("trace|debug|info|warning|error")
-    ] = _default("info", "the least that is logged")
+    log_level: Level = _default("info", "the least that is logged")
     log_format: Annotated[Literal["text", "json"], Word, LOG, Option("text|json")] = _default(
         "text", "lines for people, or one JSON object a line"
     )
@@ -267,6 +270,7 @@ class ConnectSettings(LogSettings):
 class DemoSettings(LogSettings):
     """Options of ``quictunnel demo``."""
 
+    log_level: Level = _default("warning", "the least that is logged")
     once: Switch = _default(False, "send requests through, then exit with 0 if all were answered")
     http: Listen = _default("127.0.0.1:8080", "where visitors come in")
     quic: Listen = _default("127.0.0.1:0", "where the client comes in (UDP)")

@@ -7,9 +7,14 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from loguru import logger
 
 ENGINES = ("aioquic", "qh3")
+
+# How long an example takes depends on what else the machine does.
+settings.register_profile("quictunnel", deadline=None)
+settings.load_profile("quictunnel")
 
 
 def _engine(*names: str) -> object:
@@ -50,6 +55,7 @@ def log_lines() -> Iterator[list[str]]:
     """What is logged, as ``LEVEL message``; nothing goes to the terminal."""
     lines: list[str] = []
     logger.remove()
+    logger.enable("quictunnel")
     sink = logger.add(
         lambda message: lines.append(str(message).rstrip("\n")), level="TRACE", format="{level} {message}"
     )

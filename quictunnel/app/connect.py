@@ -6,7 +6,7 @@ from pathlib import Path
 
 from loguru import logger
 
-from quictunnel.app.process import calm_collector, say, stop_signals
+from quictunnel.app.process import calm_collector, raise_file_limit, say, stop_signals
 from quictunnel.app.serve import choose_engine
 from quictunnel.client.agent import Agent, AgentConfig, FinalRefusal
 from quictunnel.client.choose import open_backend
@@ -24,6 +24,7 @@ __all__ = ["agent_config", "connect", "serve_session"]
 async def connect(settings: ConnectSettings) -> int:
     """Serve the backend through a server; the exit status. Raises CommandError, OSError and TrustError at the start."""
     engine = choose_engine(settings.engine)
+    raise_file_limit()
     config = agent_config(settings)
     try:
         backend = await open_backend(
@@ -70,8 +71,8 @@ def agent_config(settings: ConnectSettings) -> AgentConfig:
     join = None
     if settings.join is not None:
         join = JoinString.parse(settings.join.get_secret_value())
-    elif settings.token is None:
-        join = _local_join(settings.state_dir)
+    elif settings.token is None or settings.ca is None:
+        join = _local_join(settings)
     token = settings.token.get_secret_value() if settings.token is not None else join.token if join is not None else ""
     if settings.server is not None:
         host, port = settings.server
@@ -81,11 +82,7 @@ def agent_config(settings: ConnectSettings) -> AgentConfig:
         host, port = "127.0.0.1", 4433
     authority, pin = None, None
     if settings.ca is None:
-        if join is None:
-            raise CommandError(
-                "whom to trust? give --join with the string that the server prints, or --ca FILE, or --ca system"
-            )
-        pin = join.ca_pin
+        pin = join.ca_pin if join is not None else None
     elif isinstance(settings.ca, Path):
         authority = load_authorities(settings.ca, datetime.now(UTC))
     return AgentConfig(
@@ -101,18 +98,23 @@ def agent_config(settings: ConnectSettings) -> AgentConfig:
     )
 
 
-def _local_join(directory: Path) -> JoinString:
-    """What a server on this machine left for its user."""
-    path = directory / LOCAL_JOIN
+def _local_join(settings: ConnectSettings) -> JoinString:
+    """What a server on this machine left for its user. Raises CommandError that says what else would do."""
+    path = settings.state_dir / LOCAL_JOIN
     try:
         return JoinString.parse(read_bounded(path, TEXT_LIMIT).decode("ascii"))
-    except FileNotFoundError:
-        raise CommandError(
-            "which server? give --join with the string that `quictunnel serve` prints on the other machine "
-            f"(no server has run with the state directory {directory} on this one)"
-        ) from None
     except ValueError as error:
         raise CommandError(f"{path}: {error}") from None
+    except FileNotFoundError:
+        pass
+    if settings.ca is not None:
+        raise CommandError("which token? give --token, or --join with the string that the server prints")
+    if settings.server is not None or settings.token is not None:
+        raise CommandError("whom to trust? give --join with the string that the server prints, or --ca FILE or system")
+    raise CommandError(
+        "which server? give --join with the string that `quictunnel serve` prints on the other machine "
+        f"(no server has run with the state directory {settings.state_dir} on this one)"
+    )
 
 
 def _announce(welcome: Welcome) -> None:

@@ -2,11 +2,12 @@
 
 import asyncio
 import gc
+import resource
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-__all__ = ["calm_collector", "say", "stop_signals"]
+__all__ = ["calm_collector", "raise_file_limit", "say", "stop_signals"]
 
 
 @contextmanager
@@ -33,6 +34,14 @@ def stop_signals() -> Iterator[asyncio.Event]:
 def say(line: str) -> None:
     """One line for the user or a waiting script; standard output is theirs, the log goes elsewhere."""
     print(line, flush=True)
+
+
+def raise_file_limit() -> None:
+    """Take as many file descriptors as this user may have: each visitor and each backend connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def calm_collector() -> None:

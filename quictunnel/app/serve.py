@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 from loguru import logger
 
-from quictunnel.app.process import calm_collector, say, stop_signals
+from quictunnel.app.process import calm_collector, raise_file_limit, say, stop_signals
 from quictunnel.http.visitor import VisitorLimits
 from quictunnel.log import AccessLog
 from quictunnel.options import CommandError
@@ -43,6 +43,7 @@ class Identity(NamedTuple):
 async def serve(settings: ServeSettings) -> int:
     """Run a server until told to stop; the exit status. Raises CommandError, OSError and TrustError at the start."""
     engine = choose_engine(settings.engine)
+    raise_file_limit()
     private_directory(settings.state_dir)
     tokens = TokenStore(settings.state_dir)
     tokens.load()

@@ -5,7 +5,8 @@ from types import TracebackType
 from typing import Any
 
 import httpx
-from pydantic import SecretStr
+from loguru import logger
+from pydantic import SecretStr, ValidationError
 
 from quictunnel.app.connect import agent_config, serve_session
 from quictunnel.app.process import stop_signals
@@ -19,14 +20,17 @@ from quictunnel.settings import ConnectSettings
 
 __all__ = ["Tunnel", "connect"]
 
+# In somebody else's program the log is theirs to ask for: logger.enable("quictunnel").
+logger.disable("quictunnel")
+
 
 def connect(backend: Any, **options: Any) -> "Tunnel":
     """A tunnel to ``backend``, opened by ``async with`` or by ``run()``.
 
     ``backend`` is what the command takes (``3000``, ``"http://…"``, ``"module:app"``), an ASGI application, or an
     ``httpx.AsyncBaseTransport``. ``options`` are those of ``quictunnel connect`` with underscores: ``join``,
-    ``tunnel``, ``server``, ``token``, ``ca``, ``engine``, ``host_header``, ... Raises pydantic's ValidationError, a
-    ValueError, for an option that cannot be.
+    ``tunnel``, ``server``, ``token``, ``ca``, ``engine``, ``host_header``, ... Raises ValueError for an
+    option that cannot be.
     """
     return Tunnel(backend, options)
 
@@ -45,7 +49,11 @@ class Tunnel:
         for secret in ("join", "token"):
             if isinstance(values.get(secret), str):
                 values[secret] = SecretStr(values[secret])
-        self._settings = ConnectSettings(**values)
+        try:
+            self._settings = ConnectSettings(**values)
+        except ValidationError as error:
+            wrong = error.errors(include_input=False, include_url=False)
+            raise ValueError("; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in wrong)) from None
         self._backend: Backend | None = None
         self._agent: Agent | None = None
         self._running: asyncio.Task[None] | None = None

@@ -308,8 +308,8 @@ class Agent(LinkOwner):
             if link.closed is not None:
                 return
             if link.silent_for() > SUSPECT_AFTER:
-                logger.warning("= the server has been silent for {:.1f} s on link {}: dialling beside it",
-                               min(link.silent_for(), 999.0), index)  # fmt: skip
+                why = "nobody listens there" if link.refused else f"silent for {link.silent_for():.1f} s"
+                logger.warning("= link {} to the server is suspect ({}): dialling beside it", index, why)
                 closed.clear()
                 return
             closed.clear()

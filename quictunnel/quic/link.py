@@ -68,6 +68,9 @@ class LinkOwner:
     def link_slot_free(self, link: "Link", leg: StreamLeg) -> None:
         """The stream of ``leg``, one of ours, ended."""
 
+    def link_slots_allowed(self, link: "Link") -> None:
+        """The peer allows streams again after ``has_slot`` had found that it allowed no more."""
+
     def link_closed(self, link: "Link", why: LinkClosed) -> None:
         """The link is gone; its exchanges have been aborted."""
 
@@ -107,6 +110,7 @@ class Link:
         self._deaf: set[int] = set()
         self._opened = 0
         self._allowed = 0  # how many the peer allows, as far as we last looked
+        self._starved = False  # it allowed no more when we did
         self.active = 0  # slots of ours in use
         self.ready = False
         self.draining = False  # no new exchange may start on it
@@ -168,7 +172,12 @@ class Link:
 
     def _may_open(self) -> bool:
         self._allowed = self.engine.streams_allowed(self._connection)
-        return self._opened < self._allowed
+        if self._opened < self._allowed:
+            return True
+        if not self._starved:
+            self._starved = True
+            self.ping()  # a peer with nothing to send has no packet to raise its limit in
+        return False
 
     def attach(self, leg: StreamLeg) -> None:
         """Give one of our slots to ``leg``; its stream is opened by the first flush that has bytes for it."""
@@ -336,6 +345,9 @@ class Link:
         try:
             self._connection.receive_datagram(data, address, now=now)
             self._events()
+            if self._starved and self._opened < self.engine.streams_allowed(self._connection):
+                self._starved = False
+                self.owner.link_slots_allowed(self)
         except Exception as error:
             self._broken(error)
         self.schedule()

@@ -92,7 +92,9 @@ class ProxyEntry:
             tunnel = self._registry.only_tunnel()
             if tunnel is not None:
                 return tunnel
-        raise TunnelError(ErrorCode.DESTINATION_NOT_FOUND)
+        raise TunnelError(
+            ErrorCode.DESTINATION_NOT_FOUND, "The request names no tunnel, by its Host or by X-Tunnel-Session."
+        )
 
     def _named(self, name: str) -> Tunnel:
         tunnel = self._registry.tunnel(name)

@@ -65,6 +65,10 @@ class Gate(LinkOwner):
         if link.session is not None:
             self._registry.slot_freed(link.session, link)
 
+    def link_slots_allowed(self, link: Link) -> None:
+        if link.session is not None:
+            self._registry.serve_waiting(link.session.tunnel)
+
     def link_closed(self, link: Link, why: LinkClosed) -> None:
         session = self._registry.unregister(link)
         if session is not None:

@@ -72,11 +72,19 @@ class Session:
         return f"<Session {self.number} of {self.tunnel.name} links={len(self.links)} in_flight={self.in_flight}>"
 
     def choose_link(self) -> Link | None:
-        """The link with the most room, a suspect one only when there is no other; None when no slot is free."""
+        """The link with the most room of those that were heard lately; None when no slot is free.
+
+        What would be sent on a suspect link would wait for its idle time-out. In the queue it waits for the link that
+        the client dials beside it, and is refused in time.
+        """
         best = _most_room(self.links.values())
         if best is not None and best.silent_for() > SUSPECT_AFTER:
-            return _most_room(link for link in self.links.values() if link.silent_for() <= SUSPECT_AFTER) or best
+            return _most_room(link for link in self.links.values() if not link.silent_for() > SUSPECT_AFTER)
         return best
+
+    def is_suspect(self) -> bool:
+        """Whether none of its links has been heard lately."""
+        return all(link.silent_for() > SUSPECT_AFTER for link in self.links.values())
 
     def ask_for_links(self, waiting: int, maximum: int) -> None:
         """Have the client open as many links as the load wants, if it has not been asked already."""
@@ -135,19 +143,18 @@ class Tunnel:
         return f"<Tunnel {self.name} sessions={len(self.sessions)} in_flight={self.in_flight}>"
 
     def choose_session(self) -> tuple[Session, Link] | None:
-        """The session with a free slot and the fewest exchanges in flight; a suspect one only if there is no other."""
+        """The session with the fewest exchanges in flight that has a free slot."""
         best: tuple[Session, Link] | None = None
-        suspect: tuple[Session, Link] | None = None
         for session in self.sessions.values():
             if best is None or session.in_flight < best[0].in_flight:
                 link = session.choose_link()
-                if link is None:
-                    continue
-                if link.silent_for() <= SUSPECT_AFTER:
+                if link is not None:
                     best = session, link
-                elif suspect is None or session.in_flight < suspect[0].in_flight:
-                    suspect = session, link
-        return best or suspect
+        return best
+
+    def is_served(self) -> bool:
+        """Whether a client is there that was heard lately."""
+        return any(not session.is_suspect() for session in self.sessions.values())
 
 
 class Registry:
@@ -278,7 +285,8 @@ class Registry:
                 _, leg = tunnel.waiting.popleft()
                 if not leg.ended:
                     visitor = leg.peer
-                    code = ErrorCode.CONNECTION_LIMIT_REACHED if tunnel.sessions else ErrorCode.DESTINATION_UNAVAILABLE
+                    served = tunnel.is_served()
+                    code = ErrorCode.CONNECTION_LIMIT_REACHED if served else ErrorCode.DESTINATION_UNAVAILABLE
                     error = TunnelError(code)
                     leg.abort(error)
                     visitor.abort(error)

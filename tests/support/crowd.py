@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
-__all__ = ["CrowdBackend", "Exchange", "PATTERN", "crowd_backend", "fetch", "opened", "read_head", "until"]
+__all__ = ["PATTERN", "CrowdBackend", "Exchange", "crowd_backend", "fetch", "opened", "read_head", "until"]
 
 LIMIT = 60.0
 "seconds for any one exchange"

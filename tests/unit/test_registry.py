@@ -128,21 +128,32 @@ def test_session_without_a_slot_is_passed_over(registry: Registry) -> None:
     assert (small.active, large.active) == (2, 8)
 
 
-def test_suspect_link_is_taken_only_when_there_is_no_other(registry: Registry) -> None:
+def test_request_waits_rather_than_go_to_a_suspect_link(registry: Registry) -> None:
     suspect, sound = joined(registry), joined(registry, index=1)
     suspect.silence = SUSPECT_AFTER + 1
     asked(registry, 10)
     assert (suspect.active, sound.active) == (0, 10)
     sound.silence = SUSPECT_AFTER + 1
     asked(registry, 10)
+    assert (suspect.active, sound.active) == (0, 10)
+    suspect.silence = 0.0
+    registry.expire_waiting(0.1)
     assert (suspect.active, sound.active) == (10, 10)
 
 
-def test_suspect_session_is_taken_only_when_there_is_no_other(registry: Registry) -> None:
-    suspect, sound = joined(registry, "s1"), joined(registry, "s2", slots=5)
+def test_request_that_waited_for_a_suspect_session_is_told_that_no_client_is_there(registry: Registry) -> None:
+    joined(registry).silence = SUSPECT_AFTER + 1
+    legs = asked(registry, 2)
+    registry.expire_waiting(2.1)
+    # Both ends of the exchange are told.
+    assert [leg.errors for leg in legs] == [[ErrorCode.DESTINATION_UNAVAILABLE] * 2] * 2
+
+
+def test_suspect_session_is_passed_over(registry: Registry) -> None:
+    suspect, sound = joined(registry, "s1"), joined(registry, "s2")
     suspect.silence = SUSPECT_AFTER + 1
     asked(registry, 7)
-    assert (suspect.active, sound.active) == (2, 5)
+    assert (suspect.active, sound.active) == (0, 7)
 
 
 def test_load_asks_for_links_before_the_slots_run_out(registry: Registry) -> None:
