@@ -82,6 +82,10 @@ class Session:
             return _most_room(link for link in self.links.values() if not link.silent_for() > SUSPECT_AFTER)
         return best
 
+    def is_leaving(self) -> bool:
+        """Whether its client has said that it takes nothing new."""
+        return bool(self.links) and all(link.draining for link in self.links.values())
+
     def is_suspect(self) -> bool:
         """Whether none of its links has been heard lately."""
         return all(link.silent_for() > SUSPECT_AFTER for link in self.links.values())
@@ -237,6 +241,9 @@ class Registry:
             raise TunnelError(ErrorCode.CONNECTION_LIMIT_REACHED, "the tunnel has as many requests in flight as it may")
         tunnel.in_flight += 1
         if tunnel.waiting or not self._assign(tunnel, leg):
+            if all(session.is_leaving() for session in tunnel.sessions.values()):
+                tunnel.in_flight -= 1
+                raise TunnelError(ErrorCode.DESTINATION_UNAVAILABLE)
             tunnel.waiting.append((now + self.limits.slot_wait, leg))
             self._waiting.add(tunnel)
             for session in tunnel.sessions.values():

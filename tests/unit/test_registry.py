@@ -149,6 +149,18 @@ def test_request_that_waited_for_a_suspect_session_is_told_that_no_client_is_the
     assert [leg.errors for leg in legs] == [[ErrorCode.DESTINATION_UNAVAILABLE] * 2] * 2
 
 
+def test_request_for_a_client_that_leaves_is_refused_at_once(registry: Registry) -> None:
+    leaving = joined(registry)
+    leaving.draining = True
+    with pytest.raises(TunnelError) as found:
+        asked(registry)
+    assert found.value.code == ErrorCode.DESTINATION_UNAVAILABLE
+    assert registry.tunnels["app"].in_flight == 0
+    staying = joined(registry, "s2")
+    asked(registry)
+    assert (leaving.active, staying.active) == (0, 1)
+
+
 def test_suspect_session_is_passed_over(registry: Registry) -> None:
     suspect, sound = joined(registry, "s1"), joined(registry, "s2")
     suspect.silence = SUSPECT_AFTER + 1
