@@ -1,8 +1,9 @@
-"""The figures in README.md beside this file, made anew: `.venv/bin/python benchmarks/run.py seed|ratio [--engine NAME] ...`.
+"""The figures in README.md beside this file, made anew: `.venv/bin/python benchmarks/run.py seed|ratio ...`.
 
-seed   one client, a backend that takes 35 ms, stages of 20,50,100,200,500,1000 requests/s: the load that its predecessor failed
-ratio  requests/s of `wrk -t1 -c64` to nginx: through nginx as a reverse proxy, and through the tunnel; interleaved, medians.
-       Needs wrk and nginx.
+seed   one client, a backend that takes 35 ms, stages of 20,50,100,200,500,1000 requests/s: the load that the
+       tunnel's predecessor failed
+ratio  requests/s of `wrk -t1 -c64` to nginx: through nginx as a reverse proxy, and through the tunnel; interleaved,
+       medians. Needs wrk and nginx.
 
 All of it runs on this machine, over loopback, with the tunnel's defaults and its log at INFO into a file.
 """
@@ -60,7 +61,16 @@ def tunnel(directory: Path, engine: str, backend: str) -> Iterator[str]:
     base = (sys.executable, "-m", "quictunnel")
     state = directory / engine
     common = ("--state-dir", str(state), "--engine", engine)
-    serve = (*base, "serve", "--http", "127.0.0.1:0", "--quic", "127.0.0.1:0", "--log-file", str(directory / "serve.log"))
+    serve = (
+        *base,
+        "serve",
+        "--http",
+        "127.0.0.1:0",
+        "--quic",
+        "127.0.0.1:0",
+        "--log-file",
+        str(directory / "serve.log"),
+    )
     with process(*serve, *common, ready="ready") as server:
         connect = (*base, "connect", backend, "--tunnel", "bench", "--log-file", str(directory / "connect.log"))
         with process(*connect, *common, ready="ready"):

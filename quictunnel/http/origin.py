@@ -6,6 +6,7 @@ for all connections looks at their deadlines.
 
 import asyncio
 import errno
+import ipaddress
 import re
 import socket
 import ssl
@@ -196,9 +197,11 @@ class Origin:
         if self._path is not None:
             _, connection = await loop.create_unix_connection(self._connection, self._path, **options)
             return connection
-        if isinstance(loop, asyncio.BaseEventLoop):  # uvloop tries one address after the other
-            options["happy_eyeballs_delay"] = _SECOND_ADDRESS_DELAY
         host, port = self._address
+        # Not where it can't help: asyncio's race leaves sockets to the garbage collector when it is cancelled, as
+        # visitors who go away cancel it. uvloop has none, and tries one address after the other.
+        if isinstance(loop, asyncio.BaseEventLoop) and host != "localhost" and not _is_address(host):
+            options["happy_eyeballs_delay"] = _SECOND_ADDRESS_DELAY
         try:
             _, connection = await loop.create_connection(self._connection, host, port, **options)
         except OSError as error:
@@ -269,6 +272,14 @@ class Origin:
     def _tell_waiter(self) -> None:
         if self._waiter is not None and not self._waiter.done() and not self._is_busy():
             self._waiter.set_result(None)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _errno(error: OSError) -> int:

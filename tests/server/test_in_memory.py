@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import itertools
 import ssl
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
@@ -51,7 +52,9 @@ def test_request_reaches_the_backend_and_its_answer_the_visitor(on_all: Play) ->
 
 def test_pin_of_the_authority_is_enough_to_trust_a_server(on_all: Play) -> None:
     async def scenario(ends: Ends) -> None:
-        await ends.connected(authority=None, pin=hashlib.sha256(ssl.PEM_cert_to_DER_cert(identity()[1].decode())).digest())
+        await ends.connected(
+            authority=None, pin=hashlib.sha256(ssl.PEM_cert_to_DER_cert(identity()[1].decode())).digest()
+        )
         assert (await ends.visited()).status == 200
 
     on_all(scenario)
@@ -436,7 +439,7 @@ def test_client_tries_for_ever_and_never_waits_longer_than_fifteen_seconds(on_ea
         await asyncio.sleep(600)
         attempts = ends.network.dials
         assert attempts[0] - began < 0.01
-        waits = [later - earlier for earlier, later in zip(attempts, attempts[1:], strict=False)]
+        waits = [later - earlier for earlier, later in itertools.pairwise(attempts)]
         tried_for = 0.0 if tells else 5.0
         assert tried_for < waits[0] < tried_for + 0.25
         assert max(waits) < tried_for + 15.1

@@ -140,7 +140,8 @@ def echo(connection: Connection) -> None:
 class RawBackend:
     """A socket that hands each connection to ``handler`` in a thread of its own; closed when the handler returns.
 
-    ``handler`` may be changed at any time: the next request on any connection is for the new one. It listens on a free port of 127.0.0.1, or on the unix socket ``path``; with ``tls`` it speaks TLS.
+    ``handler`` may be changed at any time: the next request on any connection is for the new one. It listens on a
+    free port of 127.0.0.1, or on the unix socket ``path``; with ``tls`` it speaks TLS.
     """
 
     def __init__(self, handler: Handler, *, path: Path | None = None, tls: ssl.SSLContext | None = None) -> None:

@@ -9,9 +9,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
+
+from quictunnel.trust.tokens import TokenStore
 
 __all__ = ["Client", "Process", "Processes", "Server", "Tunnel", "free_udp_port", "poll"]
 
@@ -157,9 +160,14 @@ class Server:
     def log(self) -> str:
         return self.process.log
 
-    def token(self, *args: str) -> str:
-        """The secret of a new token, made by the command line."""
-        return self.processes.run("token", "create", "--state-dir", str(self.state), *args).stdout.strip()
+    def token(self, *tunnels: str, lasts: float | None = None) -> str:
+        """The secret of a new token for the tunnels; ``lasts`` is in seconds."""
+        expires = None if lasts is None else timedelta(seconds=lasts)
+        return TokenStore(self.state).create(tunnels, expires, datetime.now(UTC)).secret
+
+    def revoke(self, token: str) -> None:
+        """Make a token useless."""
+        TokenStore(self.state).revoke(token.split("_")[1], datetime.now(UTC))
 
 
 class Client:

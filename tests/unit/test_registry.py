@@ -79,7 +79,9 @@ def grant(tunnel: str = "app") -> Grant:
     return Grant("id", tunnel, (), None, b"digest")
 
 
-def joined(registry: Registry, session: str = "s1", index: int = 0, tunnel: str = "app", slots: int = SLOTS) -> FakeLink:
+def joined(
+    registry: Registry, session: str = "s1", index: int = 0, tunnel: str = "app", slots: int = SLOTS
+) -> FakeLink:
     """A link of a session, registered."""
     link = FakeLink(registry, slots)
     registry.register(grant(tunnel), session, "agent", index, link, 0.0)  # type: ignore[arg-type]
