@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-import httpx
 from loguru import logger
 
 from quictunnel.app.process import calm_collector, say, stop_signals
@@ -111,6 +110,8 @@ async def _served(agent: Agent, running: "asyncio.Task[None]") -> None:
 
 async def _send_requests(server: Server, url: str) -> int:
     """Requests over the public side, all at once; how many failed."""
+    import httpx  # here, because serve and connect import this package too and would start 65 ms later
+
     host, port = server.http_address[:2]
     headers = {"Host": url.removeprefix("http://")}
     base = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

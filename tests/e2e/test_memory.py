@@ -12,6 +12,9 @@ from tests.support.processes import Process, Processes, Tunnel
 
 MB = 1024 * 1024
 
+ALLOWED = 32
+"MB: three times the largest window, which a sender's library holds once or twice, and the sockets' buffers"
+
 
 @pytest.fixture
 def processes(tmp_path: Path) -> Iterator[Processes]:
@@ -58,7 +61,7 @@ async def grown(
 async def test_64_megabytes_need_no_more_than_the_windows(engine: str, direction: str, processes: Processes) -> None:
     async with crowd_backend() as backend:
         growth = await grown(backend, processes, engine, direction, 64 * MB)
-        assert max(growth.values()) < 24
+        assert max(growth.values()) < ALLOWED
 
 
 @pytest.mark.slow
@@ -67,4 +70,4 @@ async def test_64_megabytes_need_no_more_than_the_windows(engine: str, direction
 async def test_a_gigabyte_needs_no_more_than_the_windows(engine: str, direction: str, processes: Processes) -> None:
     async with crowd_backend() as backend:
         growth = await grown(backend, processes, engine, direction, 1024 * MB)
-        assert max(growth.values()) < 32
+        assert max(growth.values()) < ALLOWED
