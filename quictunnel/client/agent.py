@@ -21,7 +21,7 @@ from quictunnel import __version__
 from quictunnel.client.fan_out import FanOut
 from quictunnel.quic.dial import DialError, dial
 from quictunnel.quic.engine import ClientTrust, Engine
-from quictunnel.quic.link import Link, LinkClosed, LinkOwner
+from quictunnel.quic.link import SUSPECT_AFTER, Link, LinkClosed, LinkOwner
 from quictunnel.quic.sockets import settle
 from quictunnel.quic.stream import StreamLeg
 from quictunnel.trust.certificates import diagnose, pinned_authority
@@ -34,7 +34,6 @@ from quictunnel.wire.frames import RequestHead
 __all__ = ["Agent", "AgentConfig", "FinalRefusal"]
 
 PING_EVERY: Final = 1.5
-SUSPECT_AFTER: Final = 4.0
 DIAL_TIME: Final = 5.0
 ANSWER_TIME: Final = 10.0
 FIRST_RETRY: Final = 0.2

@@ -20,10 +20,13 @@ from quictunnel.wire.credit import WindowBudget
 from quictunnel.wire.errors import ErrorCode, ProtocolError, TunnelError
 from quictunnel.wire.frames import RequestHead
 
-__all__ = ["SLOTS", "Link", "LinkClosed", "LinkOwner"]
+__all__ = ["SLOTS", "SUSPECT_AFTER", "Link", "LinkClosed", "LinkOwner"]
 
 # qh3 lets a peer have 100 streams open, aioquic 128, neither can be told otherwise.
 SLOTS: Final = 100
+
+SUSPECT_AFTER: Final = 4.0
+"seconds of silence, on either end, after which another link is preferred: more than two pings of a client are missing"
 
 # A link asks for the round trip this often while credit is granted on it, in seconds.
 _PROBE_EVERY: Final = 1.0

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from quictunnel.quic.link import SLOTS, Link
+from quictunnel.quic.link import SLOTS, SUSPECT_AFTER, Link
 from quictunnel.quic.stream import StreamLeg
 from quictunnel.trust.tokens import Grant
 from quictunnel.wire.control import Grow
@@ -16,9 +16,6 @@ __all__ = ["Registry", "RegistryLimits", "Session", "Tunnel"]
 # A link is asked for when those there are hold so many exchanges each: half of the slots are left for a burst to fall
 # into while the new link shakes hands.
 _STREAMS_PER_LINK: Final = SLOTS // 2
-
-# A client pings every 1.5 s, so this much silence means that something is wrong with the path.
-SUSPECT_AFTER: Final = 4.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from quictunnel.quic.link import SLOTS
-from quictunnel.server.registry import SUSPECT_AFTER, Registry, RegistryLimits, Session, Tunnel
+from quictunnel.quic.link import SLOTS, SUSPECT_AFTER
+from quictunnel.server.registry import Registry, RegistryLimits, Session, Tunnel
 from quictunnel.trust.tokens import Grant
 from quictunnel.wire.control import Grow
 from quictunnel.wire.errors import ErrorCode, TunnelError
