@@ -14,7 +14,7 @@ because an event loop that has read to the end watches no more for what may be r
 import asyncio
 from typing import TYPE_CHECKING, Final
 
-from quictunnel.http.visitor_leg import VisitorLeg
+from quictunnel.http.http1_visitor import Http1VisitorLeg
 
 if TYPE_CHECKING:
     from quictunnel.http.visitor_connection import VisitorConnection
@@ -34,7 +34,7 @@ class Departure:
 
     __slots__ = ("_after", "_connection", "_leg", "_probed", "_timer")
 
-    def __init__(self, connection: "VisitorConnection", leg: VisitorLeg) -> None:
+    def __init__(self, connection: "VisitorConnection", leg: Http1VisitorLeg) -> None:
         self._connection = connection
         self._leg = leg
         self._probed = False

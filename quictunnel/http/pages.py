@@ -7,8 +7,10 @@ from typing import Final
 
 from quictunnel.http.reply import status_line
 from quictunnel.wire.errors import TunnelError
+from quictunnel.wire.fields import field_lines
+from quictunnel.wire.frames import Fields
 
-__all__ = ["error_page"]
+__all__ = ["error_answer", "error_page"]
 
 _DETAILS_LIMIT: Final = 200
 "characters of a details parameter: some servers take no more than 4 kB of header"
@@ -24,37 +26,44 @@ _PAGE: Final = """<!doctype html>
 """
 
 
-def error_page(
-    error: TunnelError, accept: bytes, date: bytes, *, version: bytes, keep_alive: bool, with_body: bool
-) -> tuple[bytes, int]:
-    """A whole answer, and how many of its bytes are its body.
+def error_answer(error: TunnelError, accept: bytes, date: bytes) -> tuple[Fields, bytes]:
+    """The fields and the body of an answer with ``error``'s status, for any version of HTTP.
 
     A web page for those who accept HTML, problem details (RFC 9457) for those who accept JSON, plain text for all
-    others. ``with_body`` is False for an answer to HEAD; ``version`` is that of the visitor's HTTP, ``1.0`` or
-    ``1.1``.
+    others.
     """
     fault = error.fault
     kind, body = _body(error, accept.lower())
-    lines = [
-        status_line(fault.status),
-        b"content-type: %b\r\n" % kind,
-        b"content-length: %d\r\n" % len(body),
-        b"proxy-status: quictunnel; error=%b; details=%b\r\n"
-        % (fault.proxy_status.encode(), _sf_string(error.details)),
+    fields = [
+        (b"content-type", kind),
+        (b"content-length", b"%d" % len(body)),
+        (
+            b"proxy-status",
+            b"quictunnel; error=%b; details=%b" % (fault.proxy_status.encode(), _sf_string(error.details)),
+        ),
         # A 404 or 414 may be kept by any cache (RFC 9110 section 15.1), and the tunnel may be up in a second.
-        b"cache-control: no-store\r\n",
-        b"date: %b\r\n" % date,
+        (b"cache-control", b"no-store"),
+        (b"date", date),
     ]
     if fault.retry_after is not None:
-        lines.append(b"retry-after: %d\r\n" % fault.retry_after)
+        fields.append((b"retry-after", b"%d" % fault.retry_after))
+    return fields, body
+
+
+def error_page(
+    error: TunnelError, accept: bytes, date: bytes, *, version: bytes, keep_alive: bool, with_body: bool
+) -> tuple[bytes, int]:
+    """A whole answer in HTTP/1.x, and how many of its bytes are its body.
+
+    ``with_body`` is False for an answer to HEAD; ``version`` is that of the visitor's HTTP, ``1.0`` or ``1.1``.
+    """
+    fields, body = error_answer(error, accept, date)
     if not keep_alive:
-        lines.append(b"connection: close\r\n")
+        fields.append((b"connection", b"close"))
     elif version == b"1.0":
-        lines.append(b"connection: keep-alive\r\n")
-    lines.append(b"\r\n")
-    if with_body:
-        lines.append(body)
-    return b"".join(lines), len(body) if with_body else 0
+        fields.append((b"connection", b"keep-alive"))
+    page = b"%b%b\r\n" % (status_line(error.fault.status), field_lines(fields))
+    return (page + body, len(body)) if with_body else (page, 0)
 
 
 def _body(error: TunnelError, accept: bytes) -> tuple[bytes, bytes]:

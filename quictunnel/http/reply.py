@@ -19,7 +19,16 @@ from typing import Final, NamedTuple
 from quictunnel.wire.fields import content_length, end_to_end, field_lines, members, trailer_fields
 from quictunnel.wire.frames import Fields, ResponseHead
 
-__all__ = ["Framing", "ReplyHead", "encode_interim", "encode_reply", "encode_switch", "encode_trailers", "status_line"]
+__all__ = [
+    "Framing",
+    "ReplyHead",
+    "encode_interim",
+    "encode_reply",
+    "encode_switch",
+    "encode_trailers",
+    "plan_reply",
+    "status_line",
+]
 
 
 class Framing(IntEnum):
@@ -71,33 +80,42 @@ def encode_switch(head: ResponseHead, protocol: bytes) -> bytes:
     return b"%b%b\r\n" % (status_line(101), field_lines(fields))
 
 
+def plan_reply(head: ResponseHead, method: bytes) -> tuple[Fields, Framing, int]:
+    """A final answer's fields in every version of HTTP, how its body's end is told, and its length if that is LENGTH.
+
+    CHUNKED stands for whatever a version has for bodies of unknown length. Raises ValueError for two lengths.
+    """
+    status = head.status
+    fields = end_to_end(head.fields)
+    length = content_length(fields)
+    if status in (204, 205):
+        # RFC 9110 sections 8.6 and 15.3.6
+        fields = [field for field in fields if field[0] != b"content-length"]
+        if status == 205:
+            fields.append((b"content-length", b"0"))
+            return fields, Framing.LENGTH, 0
+        return fields, Framing.NONE, 0
+    if method == b"HEAD" or status == 304:
+        return fields, Framing.NONE, 0
+    if length is not None:
+        return fields, Framing.LENGTH, length
+    return fields, Framing.CHUNKED, 0
+
+
 def encode_reply(head: ResponseHead, method: bytes, version: bytes, date: bytes, *, keep_alive: bool) -> ReplyHead:
     """A final answer's head to a ``method`` request of HTTP ``version`` ``1.0`` or ``1.1``.
 
     ``date`` is for an answer that has none (RFC 9110 section 6.6.1). Raises ValueError for two lengths and for fields
     that cannot be sent.
     """
-    status = head.status
-    fields = end_to_end(head.fields)
-    length = content_length(fields)
-    framing = Framing.NONE
+    fields, framing, length = plan_reply(head, method)
     extra = b""
-    if status in (204, 205):
-        # RFC 9110 sections 8.6 and 15.3.6
-        fields = [field for field in fields if field[0] != b"content-length"]
-        if status == 205:
-            extra = b"content-length: 0\r\n"
-            framing, length = Framing.LENGTH, 0
-    elif method == b"HEAD" or status == 304:
-        pass
-    elif length is not None:
-        framing = Framing.LENGTH
-    elif version == b"1.1":
-        framing = Framing.CHUNKED
-        extra = b"transfer-encoding: chunked\r\n"
-    else:
-        framing = Framing.CLOSE
-        keep_alive = False
+    if framing is Framing.CHUNKED:
+        if version == b"1.1":
+            extra = b"transfer-encoding: chunked\r\n"
+        else:
+            framing = Framing.CLOSE
+            keep_alive = False
     # RFC 9112 section 9.3: each version has the other's default.
     if not keep_alive:
         extra += b"connection: close\r\n"
@@ -106,7 +124,7 @@ def encode_reply(head: ResponseHead, method: bytes, version: bytes, date: bytes,
     if b"date" not in dict(fields):
         extra += b"date: %b\r\n" % date
     return ReplyHead(
-        b"%b%b%b\r\n" % (status_line(status), field_lines(fields), extra), framing, length or 0, keep_alive
+        b"%b%b%b\r\n" % (status_line(head.status), field_lines(fields), extra), framing, length, keep_alive
     )
 
 

@@ -10,6 +10,8 @@ from typing import Final, TypeAlias
 from quictunnel.http.limits import VisitorLimits
 from quictunnel.http.visitor_connection import VisitorConnection
 from quictunnel.http.visitor_leg import VisitorLeg
+from quictunnel.http.visitor_output import VisitorOutput
+from quictunnel.wire.credit import WindowBudget
 from quictunnel.wire.fields import Forwarding
 from quictunnel.wire.frames import RequestHead
 
@@ -39,8 +41,9 @@ class VisitorListener:
         limits: VisitorLimits,
         trusted_proxies: Iterable[_Network] = (),
         on_done: Callable[[VisitorLeg], None] = lambda leg: None,
+        budget: WindowBudget | None = None,
     ) -> None:
-        """Make it within a running event loop.
+        """Make it within a running event loop. ``budget`` is what the windows of HTTP/2 uploads grow out of.
 
         ``on_done`` is called once for each leg when its exchange is over; the leg of bytes that were refused before
         they were a request has no head, and ``open_exchange`` never saw it.
@@ -49,13 +52,14 @@ class VisitorListener:
         self.limits = limits
         self.in_flight = 0
         self._on_done = on_done
+        self.budget = budget or WindowBudget(0)
         self.draining = False
         self.date = b""
         self.loop = asyncio.get_running_loop()
         self._trusted = tuple(trusted_proxies)
         self._servers: list[asyncio.Server] = []
-        self._connections: set[VisitorConnection] = set()
-        self._unflushed: list[VisitorConnection] = []
+        self._connections: set[VisitorOutput] = set()
+        self._unflushed: list[VisitorOutput] = []
         self._empty = asyncio.Event()
         self._empty.set()
         times = (limits.head_time, limits.idle_time, limits.body_idle_time, limits.write_idle_time)
@@ -121,7 +125,7 @@ class VisitorListener:
         """What backends are told of a connection from ``address``."""
         return Forwarding(address, scheme, trusted=bool(self._trusted) and self._is_trusted(address))
 
-    def admit(self, connection: VisitorConnection) -> bool:
+    def admit(self, connection: VisitorOutput) -> bool:
         """Count a new connection in; False if it is one too many, and has to be told."""
         connections = self._connections
         connections.add(connection)
@@ -130,7 +134,12 @@ class VisitorListener:
             connection.abort()
         return len(connections) <= self.limits.connections
 
-    def forget(self, connection: VisitorConnection) -> None:
+    def replace(self, connection: VisitorOutput, other: VisitorOutput) -> None:
+        """``other`` goes on with the socket of ``connection``."""
+        self._connections.discard(connection)
+        self._connections.add(other)
+
+    def forget(self, connection: VisitorOutput) -> None:
         """A connection is gone."""
         self._connections.discard(connection)
         if not self._connections:
@@ -147,7 +156,7 @@ class VisitorListener:
             self.in_flight -= 1
         self._on_done(leg)
 
-    def flush_soon(self, connection: VisitorConnection) -> None:
+    def flush_soon(self, connection: VisitorOutput) -> None:
         """Flush a connection at the end of the loop's turn: one callback for all of them."""
         if not self._unflushed:
             self.loop.call_soon(self._flush)

@@ -24,8 +24,10 @@ from typing import TYPE_CHECKING, Final, cast
 
 from quictunnel.http.departure import Departure
 from quictunnel.http.door import DoorParser, Request
+from quictunnel.http.http1_visitor import Http1VisitorLeg
+from quictunnel.http.http2_frames import PREFACE
+from quictunnel.http.http2_visitor import Http2VisitorConnection
 from quictunnel.http.pages import error_page
-from quictunnel.http.visitor_leg import VisitorLeg
 from quictunnel.http.visitor_output import VisitorOutput
 from quictunnel.wire.errors import ErrorCode, TunnelError
 from quictunnel.wire.fields import Forwarding, end_to_end
@@ -62,7 +64,7 @@ class VisitorConnection(VisitorOutput):
         "_pending",
         "_reading",
         "_scheme",
-        "deadline",
+        "_unread",
     )
 
     def __init__(self, listener: "VisitorListener") -> None:
@@ -71,7 +73,7 @@ class VisitorConnection(VisitorOutput):
         self._parser = DoorParser(listener.limits)
         self._forwarding = cast(Forwarding, None)
         self._scheme = b"http"
-        self.deadline = inf
+        self._unread: bytes | None = b""  # the first bytes, until they tell which HTTP this is
 
         # what the visitor may still send
         self._reading = True
@@ -81,7 +83,7 @@ class VisitorConnection(VisitorOutput):
         self._advancing = False
 
         # the exchange under way
-        self._leg: VisitorLeg | None = None
+        self._leg: Http1VisitorLeg | None = None
         self._departure: Departure | None = None  # of a visitor that half-closed
         self._opaque = False
         self._opaque_ended = False  # the peer has said its End
@@ -106,8 +108,13 @@ class VisitorConnection(VisitorOutput):
         peer = transport.get_extra_info("peername")
         self._forwarding = listener.forwarding(peer[0] if isinstance(peer, tuple) else "", self._scheme)
         self.deadline = self._loop.time() + listener.limits.head_time
-        if not listener.admit(self) and not transport.is_closing():
-            self._refuse(TunnelError(ErrorCode.CONNECTION_LIMIT_REACHED, "There are too many connections now."))
+        if not listener.admit(self):
+            if not transport.is_closing():
+                self._refuse(TunnelError(ErrorCode.CONNECTION_LIMIT_REACHED, "There are too many connections now."))
+        elif self._scheme == b"https":
+            self._unread = None
+            if transport.get_extra_info("ssl_object").selected_alpn_protocol() == "h2":
+                self._become_http2(b"")
 
     def data_received(self, data: bytes) -> None:
         leg = self._leg
@@ -120,7 +127,10 @@ class VisitorConnection(VisitorOutput):
         elif self._pending or self._must_wait:
             self._keep(data)
         elif not self._closing:
-            self._advance(data)
+            if self._unread is None:
+                self._advance(data)
+            else:
+                self._greet(self._unread + data)
 
     def eof_received(self) -> bool:
         """Whether the connection stays open for writing."""
@@ -166,6 +176,29 @@ class VisitorConnection(VisitorOutput):
             self._leg.peer.resume()
         else:
             self._continue()
+
+    # Which HTTP
+
+    def _greet(self, data: bytes) -> None:
+        """The first bytes in clear text: HTTP/2 begins with a preface (RFC 9113 section 3.3), nothing else does."""
+        if len(data) < len(PREFACE) and PREFACE.startswith(data):
+            self._unread = data
+        elif data.startswith(PREFACE):
+            self._become_http2(data)
+        else:
+            self._unread = None
+            self._advance(data)
+
+    def _become_http2(self, data: bytes) -> None:
+        """Give the socket, and what was read from it, to a connection of the other version."""
+        self._closing = True
+        connection = Http2VisitorConnection(self._listener, self._forwarding, self._scheme)
+        self._listener.replace(self, connection)
+        self._parser.close()
+        self._transport.set_protocol(connection)
+        connection.connection_made(self._transport)
+        if data:
+            connection.data_received(data)
 
     # Requests
 
@@ -219,9 +252,8 @@ class VisitorConnection(VisitorOutput):
             request.body or bool(request.protocol),
             request.protocol,
         )
-        leg = self._leg = VisitorLeg(self, forwarding.client, self._loop.time())
-        leg.begin(head, request.host, request.version, keep_alive=request.keep_alive)
-        leg.tunnel_header = request.tunnel
+        leg = self._leg = Http1VisitorLeg(self, forwarding.client, self._loop.time())
+        leg.begin(head, request.host, request.version, request.tunnel, keep_alive=request.keep_alive)
         self.deadline = inf
         if self._eof:
             self._departure = Departure(self, leg)
@@ -262,7 +294,7 @@ class VisitorConnection(VisitorOutput):
         """Answer bytes that are no request, or no longer one."""
         leg = self._leg
         if leg is None:
-            leg = self._leg = VisitorLeg(self, self._forwarding.client, self._loop.time())
+            leg = self._leg = Http1VisitorLeg(self, self._forwarding.client, self._loop.time())
         leg.cancel(error)
         self.fail(leg)
 
@@ -280,7 +312,7 @@ class VisitorConnection(VisitorOutput):
             self._watch_body()
         self._update_reading()
 
-    def finish(self, leg: VisitorLeg, *, keep_alive: bool) -> None:
+    def finish(self, leg: Http1VisitorLeg, *, keep_alive: bool) -> None:
         """The answer is complete."""
         self.flush()
         self._leave(leg)
@@ -294,7 +326,7 @@ class VisitorConnection(VisitorOutput):
         else:
             self._close()
 
-    def fail(self, leg: VisitorLeg) -> None:
+    def fail(self, leg: Http1VisitorLeg) -> None:
         """The exchange failed: answer with ``leg.error`` if no byte of another answer has been written, else cut."""
         leg.detach()
         error = leg.error
@@ -318,7 +350,7 @@ class VisitorConnection(VisitorOutput):
         self.send_soon(page)
         self.finish(leg, keep_alive=keep_alive)
 
-    def become_opaque(self, leg: VisitorLeg) -> None:
+    def become_opaque(self, leg: Http1VisitorLeg) -> None:
         """A 101 has passed: what was kept, and all that follows, is for the peer."""
         self._opaque = True
         self.flush()
@@ -330,7 +362,7 @@ class VisitorConnection(VisitorOutput):
             leg.hand_end([])
             self._watch_opaque()
 
-    def end_opaque(self, leg: VisitorLeg) -> None:
+    def end_opaque(self, leg: Http1VisitorLeg) -> None:
         """The peer has said all it had to say after a 101."""
         self.flush()
         self._opaque_ended = True
@@ -346,11 +378,10 @@ class VisitorConnection(VisitorOutput):
     # Endings
 
     def drain(self) -> None:
-        """Close if no request is under way; otherwise the one under way is the last."""
         if self._leg is None and not self._pending and self._parser.complete and not self._closing:
             self._close()
 
-    def _leave(self, leg: VisitorLeg) -> None:
+    def _leave(self, leg: Http1VisitorLeg) -> None:
         self._leg = None
         self.committed = self._opaque = False
         self._body_held = False
@@ -362,13 +393,13 @@ class VisitorConnection(VisitorOutput):
         if not self._closing:
             self._update_reading()
 
-    def _cut(self, leg: VisitorLeg) -> None:
+    def _cut(self, leg: Http1VisitorLeg) -> None:
         reset = leg.ends_with_connection
         self._closing = True
         self._leave(leg)
         self.drop(reset=reset)
 
-    def _finish_opaque(self, leg: VisitorLeg) -> None:
+    def _finish_opaque(self, leg: Http1VisitorLeg) -> None:
         self._leave(leg)
         self._close()
 
@@ -393,7 +424,6 @@ class VisitorConnection(VisitorOutput):
     # Time limits, and visitors that are gone
 
     def expire(self, now: float) -> None:
-        """A deadline has passed; ``now`` is the event loop's time."""
         if now >= self.write_deadline:
             self._expire_writes()
         elif self._lingering:
@@ -403,15 +433,14 @@ class VisitorConnection(VisitorOutput):
             self._expire_opaque()
         elif self._leg is not None:
             self._refuse(TunnelError(ErrorCode.REQUEST_TIMEOUT, "The request's body stopped coming."))
-        elif self._parser.in_head:
+        elif self._parser.in_head or self._unread:
             self._refuse(TunnelError(ErrorCode.REQUEST_TIMEOUT))
         else:
             self._close()
 
-    def look_if_held(self) -> None:
-        """While nothing is read, a visitor's reset shows in no other way."""
-        if not self._reading and self.is_reset:
-            self.abort()
+    @property
+    def is_reading(self) -> bool:
+        return self._reading
 
     def _watch_body(self) -> None:
         self.deadline = inf if self._body_held else self._loop.time() + self._listener.limits.body_idle_time

@@ -1,31 +1,21 @@
-"""The visitor leg: one request of a visitor's HTTP/1.1 connection, and its answer.
+"""One exchange with a visitor, whatever version of HTTP it speaks.
 
 Who does what, in order:
 
-1. The connection has read a request's head and checked it (``door``). It makes a leg, with everything known of the
-   request on it, and calls ``open_exchange(head, leg)``.
+1. The connection has read a request's head and checked it. It makes a leg, with everything known of the request on it,
+   and calls ``open_exchange(head, leg)``.
 2. ``open_exchange`` joins the leg to another, or aborts it. It hands over no frame.
 3. The connection hands the head to the leg's peer, then Data as it comes, then End. To a leg that was aborted meanwhile
    all this is harmless, because its peer is then ``VOID``.
-4. The answer's End, a cut or the visitor's leaving ends the exchange; ``on_done(leg)`` is called once. Only then is the
-   visitor's next request looked at, so pipelined requests are answered in order and wait as bytes.
-
-A request that asks for an upgrade announces a body and no End follows its head: after a 101 the bytes of both sides
-are Data, and each side's End is its half-close; after any other final head End is handed over, as there was no body.
-
-A visitor that closed its side after a whole request may still read (RFC 9112 section 9.6), or may have gone. The
-difference shows when something is sent to it: see ``departure``.
+4. The answer's End, a cut or the visitor's leaving ends the exchange; ``on_done(leg)`` is called once.
 """
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from quictunnel.exchange import Leg
-from quictunnel.http.reply import Framing, encode_interim, encode_reply, encode_switch, encode_trailers
+from quictunnel.http.reply import Framing
 from quictunnel.wire.errors import ErrorCode, TunnelError
 from quictunnel.wire.frames import Data, End, Fields, Frame, RequestHead, ResponseHead
-
-if TYPE_CHECKING:
-    from quictunnel.http.visitor_connection import VisitorConnection
 
 __all__ = ["VisitorLeg"]
 
@@ -36,7 +26,6 @@ class VisitorLeg(Leg):
     """One exchange with a visitor: a handle that stays harmless when its connection has gone on to others."""
 
     __slots__ = (
-        "_connection",
         "_framing",
         "_left",
         "_request_ended",
@@ -47,6 +36,7 @@ class VisitorLeg(Leg):
         "head",
         "host",
         "keep_alive",
+        "over",
         "request_id",
         "session",
         "started",
@@ -79,13 +69,15 @@ class VisitorLeg(Leg):
     request_id: str
     "three places for whoever opens the exchange"
     version: bytes
-    "of the visitor's HTTP, ``1.0`` or ``1.1``"
+    "of the visitor's HTTP, ``1.0``, ``1.1`` or ``2.0``"
     keep_alive: bool
     "whether the connection may live on after this exchange"
 
-    def __init__(self, connection: "VisitorConnection", client_address: str, started: float) -> None:
+    over: bool
+    "whether the exchange has ended"
+
+    def __init__(self, client_address: str, started: float) -> None:
         super().__init__()
-        self._connection: VisitorConnection | None = connection
         self.client_address = client_address
         self.started = started
         self.head = None
@@ -97,6 +89,7 @@ class VisitorLeg(Leg):
         self.request_id = ""
         self.version = b"1.1"
         self.keep_alive = False
+        self.over = False
 
         self._framing = Framing.NONE
         self._left = 0
@@ -105,12 +98,7 @@ class VisitorLeg(Leg):
     def __repr__(self) -> str:
         head = self.head
         what = f"{head.method!r} {head.target[:64]!r}" if head else "no request"
-        return f"<VisitorLeg {self.client_address} {what} {self.status or ''}{' over' if self.over else ''}>"
-
-    @property
-    def over(self) -> bool:
-        """Whether the exchange has ended."""
-        return self._connection is None
+        return f"<{type(self).__name__} {self.client_address} {what} {self.status or ''}{' over' if self.over else ''}>"
 
     @property
     def method(self) -> bytes:
@@ -122,51 +110,30 @@ class VisitorLeg(Leg):
         """Of the request; empty for bytes that were none."""
         return self.head.target if self.head is not None else b""
 
-    @property
-    def ends_with_connection(self) -> bool:
-        """Whether the end of the connection is what tells the answer's end."""
-        return self._framing is Framing.CLOSE
-
-    @property
-    def is_chunked(self) -> bool:
-        """Whether the answer goes out in chunks, and only whole ones have."""
-        return self._framing is Framing.CHUNKED
-
     # The verbs
 
     def receive(self, frame: Frame) -> None:
-        connection = self._connection
-        if connection is None:
+        if self.over:
             return
         kind = type(frame)
         if kind is Data:
-            self._send_data(connection, frame.data)  # type: ignore[union-attr]
+            self._send_data(frame.data)  # type: ignore[union-attr]
         elif kind is End:
-            self._send_end(connection, frame.trailers)  # type: ignore[union-attr]
+            self._send_end(frame.trailers)  # type: ignore[union-attr]
         elif kind is ResponseHead:
-            self._send_head(connection, frame)  # type: ignore[arg-type]
-
-    def pause(self) -> None:
-        if self._connection is not None:
-            self._connection.hold_body(True)
-
-    def resume(self) -> None:
-        if self._connection is not None:
-            self._connection.hold_body(False)
-
-    def abort(self, error: TunnelError) -> None:
-        connection = self._connection
-        if connection is not None:
-            self.error = error
-            connection.fail(self)
+            if self.status:
+                self._broken("a second head")
+            else:
+                self._send_head(frame)  # type: ignore[arg-type]
 
     # What the connection tells
 
-    def begin(self, head: RequestHead, host: str, version: bytes, *, keep_alive: bool) -> None:
+    def begin(self, head: RequestHead, host: str, version: bytes, tunnel_header: bytes, *, keep_alive: bool) -> None:
         """The request's head; ``keep_alive`` is whether the visitor lets the connection live on."""
         self.head = head
         self.host = host
         self.version = version
+        self.tunnel_header = tunnel_header
         self.keep_alive = keep_alive
 
     def hand_body(self, data: bytes) -> None:
@@ -189,85 +156,42 @@ class VisitorLeg(Leg):
 
     def leave(self) -> None:
         """The exchange is over: nothing reaches the connection any more."""
-        self._connection = None
+        self.over = True
         self.detach()
 
-    # The answer
+    # The answer, as a version of HTTP writes it
 
-    def _send_head(self, connection: "VisitorConnection", head: ResponseHead) -> None:
-        if self.status:
-            self._broken("a second head")
-            return
-        try:
-            if head.status >= 200:
-                self._send_final(connection, head)
-            elif head.status == 101:
-                self._switch(connection, head)
-            elif self.version == b"1.1":
-                # RFC 9110 section 15.2: HTTP/1.0 knows none of these.
-                connection.send_now(encode_interim(head))
-        except ValueError as error:
-            self._broken(str(error))
+    def _send_head(self, head: ResponseHead) -> None:
+        raise NotImplementedError
 
-    def _send_final(self, connection: "VisitorConnection", head: ResponseHead) -> None:
-        request = self.head
-        assert request is not None
-        keep_alive = self.keep_alive and connection.may_persist
-        reply = encode_reply(head, request.method, self.version, connection.date, keep_alive=keep_alive)
-        self.status = head.status
-        self._framing = reply.framing
-        self._left = reply.length
-        self.keep_alive = reply.keep_alive
-        connection.send_soon(reply.data)
-        if request.protocol:
-            self.hand_end([])
+    def _send_data(self, data: bytes) -> None:
+        raise NotImplementedError
 
-    def _switch(self, connection: "VisitorConnection", head: ResponseHead) -> None:
-        request = self.head
-        assert request is not None
-        data = encode_switch(head, request.protocol)
-        self.status = 101
-        self.keep_alive = False
-        self._framing = Framing.CLOSE
-        connection.send_soon(data)
-        connection.become_opaque(self)
+    def _send_end(self, trailers: Fields) -> None:
+        raise NotImplementedError
 
-    def _send_data(self, connection: "VisitorConnection", data: bytes) -> None:
-        size = len(data)
-        framing = self._framing
-        if not size:
-            return  # a chunk of no bytes would end the body
-        if framing is Framing.LENGTH:
+    def _count(self, size: int) -> bool:
+        """Take ``size`` bytes of the answer's body into account; whether they may be there."""
+        if self._framing is Framing.LENGTH:
             self._left -= size
             if self._left < 0:
                 self._broken("more body than its Content-Length")
-                return
-            connection.send_soon(data)
-        elif framing is Framing.CHUNKED:
-            connection.send_soon(b"%x\r\n" % size, data, b"\r\n")
-        elif framing is Framing.CLOSE:
-            connection.send_soon(data)
-        else:
+                return False
+        elif self._framing is Framing.NONE:
             self._broken("a body where none may be" if self.status else "a body before its head")
-            return
+            return False
         self.bytes_out += size
+        return True
 
-    def _send_end(self, connection: "VisitorConnection", trailers: Fields) -> None:
-        framing = self._framing
+    def _may_end(self) -> bool:
+        """Whether an end may come now."""
         if not self.status:
             self._broken("an end before its head")
-        elif self.status == 101:
-            connection.end_opaque(self)
-        elif framing is Framing.LENGTH and self._left:
+            return False
+        if self._framing is Framing.LENGTH and self._left:
             self._broken("less body than its Content-Length")
-        else:
-            if framing is Framing.CHUNKED:
-                try:
-                    connection.send_soon(encode_trailers(trailers))
-                except ValueError as error:
-                    self._broken(str(error))
-                    return
-            connection.finish(self, keep_alive=self.keep_alive)
+            return False
+        return True
 
     def _broken(self, what: str) -> None:
         """The answer breaks HTTP: refuse it if nothing of it has gone out, else cut it; it never looks complete."""

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Final, cast
 
 if TYPE_CHECKING:
     from quictunnel.http.visitor import VisitorListener
-    from quictunnel.http.visitor_connection import VisitorConnection
 
 __all__ = ["VisitorOutput"]
 
@@ -23,7 +22,7 @@ _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
 
 class VisitorOutput(asyncio.Protocol):
-    """The writing half of a visitor's connection."""
+    """The writing half of a visitor's connection, and what its listener asks of the whole."""
 
     __slots__ = (
         "_closing",
@@ -36,9 +35,12 @@ class VisitorOutput(asyncio.Protocol):
         "_write_paused",
         "_write_size",
         "committed",
+        "deadline",
         "write_deadline",
     )
 
+    deadline: float
+    "when ``expire`` is to be called next, in seconds of the event loop's clock"
     committed: bool
     "bytes of the current exchange's final answer have been written"
     write_deadline: float
@@ -49,6 +51,7 @@ class VisitorOutput(asyncio.Protocol):
         self._loop = listener.loop
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
         self._closing = False  # nothing more will be written
+        self.deadline = inf
 
         self._out: list[bytes] = []
         self._out_size = 0
@@ -72,9 +75,14 @@ class VisitorOutput(asyncio.Protocol):
         self._out_size += sum(map(len, parts))
         if self._out_size >= _WRITE_SIZE:
             self.flush()
-        elif not self._scheduled:
+        else:
+            self.wake()
+
+    def wake(self) -> None:
+        """There is something to write by the end of the loop's turn."""
+        if not self._scheduled:
             self._scheduled = True
-            self._listener.flush_soon(cast("VisitorConnection", self))
+            self._listener.flush_soon(self)
 
     def send_now(self, data: bytes) -> None:
         """Write bytes that are not of the final answer."""
@@ -99,6 +107,26 @@ class VisitorOutput(asyncio.Protocol):
         """Forget what is waiting."""
         self._out.clear()
         self._out_size = 0
+
+    # What the listener asks for
+
+    def drain(self) -> None:
+        """Begin nothing new, and close when what is under way is done."""
+        raise NotImplementedError
+
+    def expire(self, now: float) -> None:
+        """A deadline has passed; ``now`` is the event loop's time."""
+        raise NotImplementedError
+
+    def look_if_held(self) -> None:
+        """While nothing is read, a visitor's reset shows in no other way."""
+        if not self.is_reading and self.is_reset:
+            self.abort()
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether what the visitor sends is read now."""
+        raise NotImplementedError
 
     # Visitors that do not read
 

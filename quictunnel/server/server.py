@@ -77,6 +77,7 @@ class Server:
             config.visitors,
             trusted_proxies=config.trusted_proxies,
             on_done=self.entry.exchange_done,
+            budget=budget,
         )
         self.links = LinkListener(engine, config.identity, self.gate, budget, retry=config.retry)
         self.gate.on_accepted = self.links.accepted

@@ -16,6 +16,7 @@ __all__ = [
     "HOP_BY_HOP",
     "TUNNEL_HEADER",
     "Forwarding",
+    "check_fields",
     "content_length",
     "end_to_end",
     "field_lines",
@@ -133,19 +134,26 @@ def members(fields: Fields, name: bytes) -> list[bytes]:
     return [member for line in lines for part in line.split(b",") if (member := part.strip(b" \t"))]
 
 
-def field_lines(fields: Fields) -> bytes:
-    """The fields as lines of HTTP/1.1, without the empty line after them (RFC 9112 section 5).
+def check_fields(fields: Fields) -> None:
+    """Raises ValueError for a name that is not a lower-case token, and for a value with a control byte other than HTAB.
 
-    Raises ValueError for a name that is not a lower-case token, and for a value with a control byte other than HTAB
-    (RFC 9110 section 5.5): with CR or LF in it, a field could say where the next message begins.
+    RFC 9110 section 5.5: with CR or LF in it, a field could say where the next message of HTTP/1.1 begins.
     """
     if not fields:
-        return b""
+        return
     names, values = zip(*fields, strict=True)
     if b"".join(names).translate(None, _NAME_BYTES) or b"" in names:
         raise ValueError("a field name is not a lower-case token")
     if b"".join(values).translate(None, _VALUE_BYTES):
         raise ValueError("a field value has control bytes")
+
+
+def field_lines(fields: Fields) -> bytes:
+    """The fields as lines of HTTP/1.1, without the empty line after them (RFC 9112 section 5).
+
+    Raises ValueError as ``check_fields`` does.
+    """
+    check_fields(fields)
     return b"".join([part for name, value in fields for part in (name, b": ", value, b"\r\n")])
 
 
@@ -291,7 +299,7 @@ class Forwarding:
         return kept
 
 
-_VIA: Final = {version: version + b" quictunnel" for version in (b"1.0", b"1.1")}
+_VIA: Final = {version: version + b" quictunnel" for version in (b"1.0", b"1.1", b"2.0")}
 
 
 def _client(address: str) -> tuple[str, bytes]:

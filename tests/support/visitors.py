@@ -29,11 +29,28 @@ class FakeSocket:
         self.options.append(value)
 
 
+class FakeTls:
+    """As much of an SSLObject as the connection asks for."""
+
+    def __init__(self, alpn: str | None = "http/1.1") -> None:
+        self.alpn = alpn
+
+    def selected_alpn_protocol(self) -> str | None:
+        return self.alpn
+
+
 class FakeTransport(asyncio.Transport):
     """A transport that keeps what is written; ``taken`` False leaves it in the buffer."""
 
     def __init__(self, peer: object = ("192.0.2.7", 5555), *, tls: bool = False) -> None:
-        super().__init__({"peername": peer, "sslcontext": object() if tls else None, "socket": FakeSocket()})
+        super().__init__(
+            {
+                "peername": peer,
+                "sslcontext": object() if tls else None,
+                "ssl_object": FakeTls() if tls else None,
+                "socket": FakeSocket(),
+            }
+        )
         self.tls = tls
         self.protocol: VisitorConnection | None = None
         self.writes: list[bytes] = []

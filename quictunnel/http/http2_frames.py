@@ -1,0 +1,180 @@
+"""The gate that HTTP/2 bytes pass before anything acts on them: whole frames out, in order, and not too many idle ones.
+
+``h2`` reads frames by itself, but takes a read as a whole: when its last frame is wrong, what the others said is lost.
+And it has no opinion on how often a peer may send what costs us work and the peer nothing. So frames are cut here
+(RFC 9113 section 4.1), one is handled at a time, and two allowances are kept:
+
+    resets    streams opened and given up (CVE-2023-44487), or that had to be given up because of what the peer sent
+    chores    PING, SETTINGS, PRIORITY, WINDOW_UPDATE, CONTINUATION, unknown frames, DATA that brings nothing (RFC 9113
+              section 10.5); WINDOW_UPDATE is earned back by the DATA it answers
+
+No socket and no clock in it.
+"""
+
+from typing import Final, NamedTuple
+
+from h2.errors import ErrorCodes
+
+__all__ = ["GOAWAY", "PREFACE", "Allowance", "FrameGate", "Http2Error", "RawFrame", "goaway_frame"]
+
+PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+"what a client's connection begins with (RFC 9113 section 3.4)"
+
+FRAME_SIZE: Final = 16_384
+"bytes of a payload: SETTINGS_MAX_FRAME_SIZE's initial value, which is never raised (RFC 9113 section 4.2)"
+
+DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
+
+_HEADER_SIZE: Final = 9
+_END_HEADERS: Final = 0x4
+
+# nghttp2's defaults for streams that are reset; the burst of chores is Go's limit of queued control frames.
+_RESETS: Final = (1000, 33.0)
+_CHORES: Final = (10_000, 100.0)
+# A receiver may answer each DATA frame by a WINDOW_UPDATE for its stream and one for the connection.
+_EARNED: Final = 2
+
+
+class Http2Error(Exception):
+    """The peer broke HTTP/2, or asks for too much: the connection ends with ``code`` (RFC 9113 section 7)."""
+
+    def __init__(self, code: int, text: str) -> None:
+        self.code = code
+        self.text = text
+        super().__init__(code, text)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Allowance:
+    """So many at once, and so many a second in the long run."""
+
+    __slots__ = ("_burst", "_left", "_rate", "_since")
+
+    def __init__(self, burst: float, rate: float) -> None:
+        self._burst = burst
+        self._rate = rate
+        self._left = burst
+        self._since: float | None = None
+
+    def spend(self, now: float) -> bool:
+        """Take one at ``now``, in seconds of any clock that never goes back; whether there was one."""
+        since, self._since = self._since, now
+        if since is not None:
+            self._left = min(self._burst, self._left + (now - since) * self._rate)
+        self._left -= 1
+        return self._left >= 0
+
+    def earn(self, count: int) -> None:
+        """Give back ``count``, up to the burst."""
+        self._left = min(self._burst, self._left + count)
+
+
+class RawFrame(NamedTuple):
+    """One frame as it came."""
+
+    kind: int
+    "its type; -1 for the preface"
+
+    stream_id: int
+    raw: bytes
+    "header and payload"
+
+
+class FrameGate:
+    """Bytes of one connection in, frames out, and Http2Error for what no peer may send."""
+
+    __slots__ = ("_block", "_block_limit", "_buffer", "_chores", "_preface", "_resets", "_started")
+
+    def __init__(self, *, is_server: bool, block_limit: int) -> None:
+        """``block_limit`` bounds one encoded field section, in bytes over all its frames."""
+        self._buffer = b""
+        self._preface = is_server
+        self._started = False
+        self._block: int | None = None  # bytes of the field section under way
+        self._block_limit = block_limit
+        self._resets = Allowance(*_RESETS)
+        self._chores = Allowance(*_CHORES)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the bytes so far end within the preface, a frame or a field section."""
+        return self._preface or self._block is not None or bool(self._buffer)
+
+    def feed(self, data: bytes, now: float) -> list[RawFrame]:
+        """The frames that ``data`` completes; ``now`` is in seconds. Raises Http2Error; feed nothing more after it."""
+        frames: list[RawFrame] = []
+        if self._buffer:
+            data = self._buffer + data
+            self._buffer = b""
+        position = 0
+        if self._preface:
+            start = data[: len(PREFACE)]
+            if not PREFACE.startswith(start):
+                raise Http2Error(ErrorCodes.PROTOCOL_ERROR, "it does not begin with the preface of HTTP/2")
+            if len(start) < len(PREFACE):
+                self._buffer = data
+                return frames
+            self._preface = False
+            frames.append(RawFrame(-1, 0, start))
+            position = len(PREFACE)
+        size = len(data)
+        while size - position >= _HEADER_SIZE:
+            length = int.from_bytes(data[position : position + 3], "big")
+            if length > FRAME_SIZE:
+                raise Http2Error(ErrorCodes.FRAME_SIZE_ERROR, f"a frame of {length} bytes")
+            end = position + _HEADER_SIZE + length
+            kind, flags = data[position + 3], data[position + 4]
+            if not self._started:
+                # Before its payload is waited for: whatever this is, it is not HTTP/2 (RFC 9113 section 3.4).
+                if kind != SETTINGS or flags & 1:
+                    raise Http2Error(ErrorCodes.PROTOCOL_ERROR, "its first frame is not SETTINGS")
+                self._started = True
+            if end > size:
+                break
+            self._count(kind, flags, length, now)
+            stream_id = int.from_bytes(data[position + 5 : position + 9], "big") & 0x7FFF_FFFF
+            frames.append(RawFrame(kind, stream_id, data[position:end]))
+            position = end
+        if position < size:
+            self._buffer = data[position:]
+        return frames
+
+    def reset(self, now: float) -> None:
+        """A stream was given up because of what the peer sent. Raises Http2Error when there were too many."""
+        if not self._resets.spend(now):
+            raise Http2Error(ErrorCodes.ENHANCE_YOUR_CALM, "too many streams were reset")
+
+    def chore(self, now: float) -> None:
+        """The peer made work for nothing. Raises Http2Error when that was too often."""
+        if not self._chores.spend(now):
+            raise Http2Error(ErrorCodes.ENHANCE_YOUR_CALM, "too many frames that carry nothing")
+
+    def sent_data(self) -> None:
+        """A DATA frame went out."""
+        self._chores.earn(_EARNED)
+
+    def _count(self, kind: int, flags: int, length: int, now: float) -> None:
+        if self._block is not None and kind != CONTINUATION:
+            raise Http2Error(ErrorCodes.PROTOCOL_ERROR, "a frame within a field section")  # RFC 9113 section 4.3
+        if kind == HEADERS:
+            self._block = length
+        elif kind == CONTINUATION and self._block is not None:
+            self._block += length
+            self.chore(now)
+        elif kind == RST_STREAM:
+            self.reset(now)
+        elif kind != DATA:
+            self.chore(now)
+        if self._block is not None and kind in (HEADERS, CONTINUATION):
+            if self._block > self._block_limit:
+                raise Http2Error(ErrorCodes.ENHANCE_YOUR_CALM, "a field section is too large")
+            if flags & _END_HEADERS:
+                self._block = None
+
+
+def goaway_frame(last_stream_id: int, code: int) -> bytes:
+    """A GOAWAY without debug data (RFC 9113 section 6.8)."""
+    payload = last_stream_id.to_bytes(4, "big") + code.to_bytes(4, "big")
+    return len(payload).to_bytes(3, "big") + bytes((GOAWAY, 0)) + bytes(4) + payload
