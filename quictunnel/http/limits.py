@@ -1,8 +1,8 @@
-"""What visitors may ask of the public side."""
+"""What visitors may ask of the public side, and what backends are given."""
 
 from dataclasses import dataclass
 
-__all__ = ["VisitorLimits"]
+__all__ = ["OriginLimits", "VisitorLimits"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,3 +32,32 @@ class VisitorLimits:
 
     connections: int = 10_000
     "visitor connections at a time; those beyond are told so and closed"
+
+
+@dataclass(frozen=True, slots=True)
+class OriginLimits:
+    """What a backend is given."""
+
+    connect_time: float = 10.0
+    "seconds to connect, TLS included"
+
+    head_time: float = 60.0
+    "seconds from the end of the request to the head of the answer; an interim answer starts them anew"
+
+    body_idle_time: float | None = None
+    "seconds of silence within an answer's body, None for no limit; an upgraded connection has none"
+
+    half_close_time: float = 60.0
+    "seconds of silence once one direction of an upgraded connection has ended"
+
+    idle_keep_alive: float = 30.0
+    "seconds that a connection is kept for the next request"
+
+    idle_connections: int = 512
+    "connections kept at most"
+
+    head_size: int = 65536
+    "bytes of an answer's head, and of its trailers"
+
+    head_fields: int = 256
+    "fields in an answer's head, and in its trailers"

@@ -5,9 +5,9 @@ kept (in the owner's list) <-> lent to a leg -> upgraded -> closed
 
 import asyncio
 import ssl
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
+from quictunnel.http.limits import OriginLimits
 from quictunnel.http.origin_answer import AnswerParser
 from quictunnel.wire.errors import ErrorCode, TunnelError
 from quictunnel.wire.frames import Data, End, Frame, RequestHead, ResponseHead
@@ -15,39 +15,10 @@ from quictunnel.wire.frames import Data, End, Frame, RequestHead, ResponseHead
 if TYPE_CHECKING:
     from quictunnel.http.origin_leg import OriginLeg
 
-__all__ = ["FOREVER", "OriginConnection", "OriginLimits", "Owner"]
+__all__ = ["FOREVER", "OriginConnection", "Owner"]
 
 FOREVER: Final = float("inf")
 _END: Final = End()
-
-
-@dataclass(frozen=True, slots=True)
-class OriginLimits:
-    """What a backend is given."""
-
-    connect_time: float = 10.0
-    "seconds to connect, TLS included"
-
-    head_time: float = 60.0
-    "seconds from the end of the request to the head of the answer; an interim answer starts them anew"
-
-    body_idle_time: float | None = None
-    "seconds of silence within an answer's body, None for no limit; an upgraded connection has none"
-
-    half_close_time: float = 60.0
-    "seconds of silence once one direction of an upgraded connection has ended"
-
-    idle_keep_alive: float = 30.0
-    "seconds that a connection is kept for the next request"
-
-    idle_connections: int = 512
-    "connections kept at most"
-
-    head_size: int = 65536
-    "bytes of an answer's head, and of its trailers"
-
-    head_fields: int = 256
-    "fields in an answer's head, and in its trailers"
 
 
 class Owner(Protocol):
@@ -72,6 +43,9 @@ class Owner(Protocol):
 
     def lost(self, connection: "OriginConnection") -> None:
         """The connection is closed."""
+
+    def unkeep(self, connection: "OriginConnection") -> None:
+        """The connection was kept and is about to close."""
 
     def started(self, leg: "OriginLeg") -> None:
         """An exchange began."""
@@ -140,6 +114,7 @@ class OriginConnection(asyncio.Protocol):
     def expire(self) -> None:
         """``deadline`` has passed."""
         if self.leg is None:
+            self._owner.unkeep(self)
             self.close()
         elif self.reading:
             self._fail(TunnelError(ErrorCode.HTTP_RESPONSE_TIMEOUT, self._late()))

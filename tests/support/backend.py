@@ -1,11 +1,14 @@
 """The client's side of an exchange in memory: a visitor that notes what it gets, and sockets of no network."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from quictunnel.exchange import Leg, join
+from quictunnel.http.dial import Dialler
+from quictunnel.http.limits import OriginLimits
 from quictunnel.http.origin import Origin
-from quictunnel.http.origin_connection import OriginConnection, OriginLimits
+from quictunnel.http.origin_connection import OriginConnection
 from quictunnel.wire.errors import ErrorCode, TunnelError
 from quictunnel.wire.frames import Data, End, Fields, Frame, RequestHead, ResponseHead
 
@@ -169,25 +172,35 @@ class Socket(asyncio.Transport):
             asyncio.get_running_loop().call_soon(self.protocol.connection_lost, error)
 
 
+class MemoryDialler(Dialler):
+    """Makes sockets of a MemoryOrigin."""
+
+    def __init__(self, origin: "MemoryOrigin", connect_time: float) -> None:
+        super().__init__("backend.example", 80, authority="backend.example", connect_time=connect_time)
+        self._origin = origin
+
+    async def connect(self, protocol: Callable[[], Any]) -> Any:
+        origin = self._origin
+        if origin.hold is not None:
+            await origin.hold.wait()
+        if origin.refuse is not None:
+            raise origin.refuse
+        connection = protocol()
+        socket = Socket(connection)
+        origin.sockets.append(socket)
+        connection.connection_made(socket)
+        return connection
+
+
 class MemoryOrigin(Origin):
     """An origin whose dials end in the test. ``refuse`` is what the next ones fail with."""
 
     def __init__(self, limits: OriginLimits | None = None) -> None:
         super().__init__("backend.example", 80, authority="backend.example", limits=limits)
+        self.dialler = MemoryDialler(self, self.limits.connect_time)
         self.sockets: list[Socket] = []
         self.refuse: Exception | None = None
         self.hold: asyncio.Event | None = None
-
-    async def _connect(self) -> OriginConnection:
-        if self.hold is not None:
-            await self.hold.wait()
-        if self.refuse is not None:
-            raise self.refuse
-        connection = OriginConnection(self)
-        socket = Socket(connection)
-        self.sockets.append(socket)
-        connection.connection_made(socket)
-        return connection
 
     @property
     def socket(self) -> Socket:

@@ -12,10 +12,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from quictunnel.http.origin_answer import AnswerParser
-from quictunnel.http.origin_connection import OriginLimits
+from quictunnel.http.limits import OriginLimits
 from quictunnel.wire.errors import ErrorCode, TunnelError
 from quictunnel.wire.frames import Data, End, Fields, Frame, RequestHead, ResponseHead
-from tests.support.backend import END, MemoryOrigin, Visitor, request, turns
+from tests.support.backend import END, MemoryDialler,
+    MemoryOrigin, Visitor, request, turns
 from tests.support.clock import run
 
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -852,13 +853,14 @@ async def test_dial_is_dropped_when_the_visitor_leaves() -> None:
 
 
 async def test_backend_that_closes_during_the_dial_is_told() -> None:
-    class Closing(MemoryOrigin):
-        async def _connect(self):  # type: ignore[no-untyped-def]
-            connection = await super()._connect()
-            self.socket.ends()
+    class Closing(MemoryDialler):
+        async def connect(self, protocol):  # type: ignore[no-untyped-def]
+            connection = await super().connect(protocol)
+            origin.socket.ends()
             return connection
 
-    origin = Closing()
+    origin = MemoryOrigin()
+    origin.dialler = Closing(origin, 10)
     visitor = await asked(origin)
     assert visitor.code is ErrorCode.CONNECTION_TERMINATED
     assert origin.counts == NOTHING_LEFT
