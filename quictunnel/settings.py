@@ -244,6 +244,9 @@ class ConnectSettings(LogSettings):
     )
     engine: Engine = _default("auto", "the QUIC library; auto takes qh3 when it is installed")
     grace: Duration = _default("30s", "how long requests in flight may take to finish after SIGTERM")
+    backend_http: Annotated[Literal["1.1", "2"], Word, Option("1.1|2", group="backend")] = _default(
+        "1.1", "the HTTP version that the backend speaks; 2 for gRPC (in clear text without negotiation)"
+    )
     backend_ca: Annotated[File, Option(group="backend")] = _default(
         None, "the CA (PEM) of an https:// backend (default: the system's trust)"
     )

@@ -17,8 +17,9 @@ from quictunnel.trust.certificates import load_authorities
 from quictunnel.trust.files import read_bounded
 from quictunnel.trust.join import LOCAL_JOIN, TEXT_LIMIT, JoinString
 from quictunnel.wire.control import Welcome
+from quictunnel.wire.credit import WindowBudget
 
-__all__ = ["agent_config", "connect", "serve_session"]
+__all__ = ["agent_config", "connect", "named_backend", "serve_session"]
 
 
 async def connect(settings: ConnectSettings) -> int:
@@ -26,19 +27,13 @@ async def connect(settings: ConnectSettings) -> int:
     engine = choose_engine(settings.engine)
     raise_file_limit()
     config = agent_config(settings)
+    budget = WindowBudget(settings.window_budget)
     try:
-        backend = await open_backend(
-            settings.backend,
-            ca=settings.backend_ca,
-            insecure=settings.backend_insecure,
-            connect_time=settings.backend_connect_time,
-            head_time=settings.backend_head_time,
-            keep_alive=settings.backend_keep_alive,
-        )
+        backend = await named_backend(settings, budget)
     except ValueError as error:
         raise CommandError(str(error)) from None
     fan_out = FanOut(backend, host_rule(settings.host_header, backend.authority))
-    agent = Agent(config, engine, fan_out, on_welcome=_announce)
+    agent = Agent(config, engine, fan_out, budget=budget, on_welcome=_announce)
     try:
         with stop_signals() as stopped:
             calm_collector()
@@ -48,6 +43,20 @@ async def connect(settings: ConnectSettings) -> int:
     finally:
         await _close(backend, settings.grace)
     return 0
+
+
+async def named_backend(settings: ConnectSettings, budget: WindowBudget) -> Backend:
+    """The backend that the settings name. Raises ValueError."""
+    return await open_backend(
+        settings.backend,
+        http=settings.backend_http,
+        ca=settings.backend_ca,
+        insecure=settings.backend_insecure,
+        connect_time=settings.backend_connect_time,
+        head_time=settings.backend_head_time,
+        keep_alive=settings.backend_keep_alive,
+        budget=budget,
+    )
 
 
 async def serve_session(agent: Agent, stopped: asyncio.Event, grace: float) -> None:
@@ -94,7 +103,6 @@ def agent_config(settings: ConnectSettings) -> AgentConfig:
         authority=authority,
         pin=pin,
         max_links=settings.max_links,
-        window_budget=settings.window_budget,
     )
 
 

@@ -8,15 +8,15 @@ import httpx
 from loguru import logger
 from pydantic import SecretStr, ValidationError
 
-from quictunnel.app.connect import agent_config, serve_session
+from quictunnel.app.connect import agent_config, named_backend, serve_session
 from quictunnel.app.process import stop_signals
 from quictunnel.app.serve import choose_engine
 from quictunnel.backends.asgi import AsgiBackend
 from quictunnel.backends.transport import TransportBackend
 from quictunnel.client.agent import Agent
-from quictunnel.client.choose import open_backend
 from quictunnel.client.fan_out import Backend, FanOut, host_rule
 from quictunnel.settings import ConnectSettings
+from quictunnel.wire.credit import WindowBudget
 
 __all__ = ["Tunnel", "connect"]
 
@@ -115,22 +115,16 @@ class Tunnel:
         settings = self._settings
         config = agent_config(settings)
         engine = choose_engine(settings.engine)
-        backend = self._backend = await self._open_backend()
+        budget = WindowBudget(settings.window_budget)
+        backend = self._backend = await self._open_backend(budget)
         fan_out = FanOut(backend, host_rule(settings.host_header, backend.authority))
-        self._agent = Agent(config, engine, fan_out, on_welcome=self._welcomed)
+        self._agent = Agent(config, engine, fan_out, budget=budget, on_welcome=self._welcomed)
         return self._agent
 
-    async def _open_backend(self) -> Backend:
+    async def _open_backend(self, budget: WindowBudget) -> Backend:
         given, settings = self._backend_given, self._settings
         if isinstance(given, str | int):
-            return await open_backend(
-                str(given),
-                ca=settings.backend_ca,
-                insecure=settings.backend_insecure,
-                connect_time=settings.backend_connect_time,
-                head_time=settings.backend_head_time,
-                keep_alive=settings.backend_keep_alive,
-            )
+            return await named_backend(settings, budget)
         if isinstance(given, httpx.AsyncBaseTransport):
             return TransportBackend(
                 given, connect_time=settings.backend_connect_time, head_time=settings.backend_head_time

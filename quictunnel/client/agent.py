@@ -57,6 +57,10 @@ class _TryLater(Exception):
         super().__init__(text)
 
 
+DEFAULT_BUDGET: Final = 64 * 1024 * 1024
+"bytes that receive windows grow by together when nobody says how many"
+
+
 @dataclass(frozen=True, slots=True)
 class AgentConfig:
     """Whom to dial and what to say there."""
@@ -75,7 +79,6 @@ class AgentConfig:
     "SHA-256 of the CA certificate (DER) that the server will send; it is fetched once and then verified against"
 
     max_links: int = 64
-    window_budget: int = 256 * 1024 * 1024
 
 
 class Backoff:
@@ -104,14 +107,18 @@ class Agent(LinkOwner):
         engine: Engine,
         fan_out: FanOut,
         *,
+        budget: WindowBudget | None = None,
         on_welcome: Callable[[Welcome], None] | None = None,
     ) -> None:
-        """``on_welcome`` is called each time the session comes to be served, with what the server said."""
+        """``budget`` is what receive windows grow out of.
+
+        ``on_welcome`` is called each time the session comes to be served, with what the server said.
+        """
         self._config = config
         self._engine = engine
         self._fan_out = fan_out
         self._on_welcome = on_welcome
-        self._budget = WindowBudget(config.window_budget)
+        self._budget = budget or WindowBudget(DEFAULT_BUDGET)
         # Who knows this id is this session: it replaces its own ghost by it, so it is as good as a secret.
         self._session = secrets.token_urlsafe(24)
         self._authority = config.authority

@@ -11,16 +11,18 @@ from typing import Final
 
 from quictunnel.exchange import Leg
 from quictunnel.http.origin_connection import FOREVER, OriginConnection, Owner
-from quictunnel.http.origin_request import announced_length, encode_request, encode_request_trailers
+from quictunnel.http.origin_request import (
+    IDEMPOTENT,
+    REPLAY_LIMIT,
+    announced_length,
+    encode_request,
+    encode_request_trailers,
+)
 from quictunnel.wire.errors import ErrorCode, TunnelError
 from quictunnel.wire.frames import Data, End, Fields, Frame, RequestHead
 
 __all__ = ["OriginLeg"]
 
-# RFC 9110 section 9.2.2: what may be sent again when nobody knows whether it arrived.
-_IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE", b"TRACE"})
-# Bytes of a request's body kept for a second attempt; a larger one is not repeated.
-_REPLAY_LIMIT: Final = 16 * 1024
 _END: Final = End()
 
 
@@ -207,7 +209,7 @@ class OriginLeg(Leg):
         if connection is None:
             self._owner.dial(self)
             return
-        if head.method in _IDEMPOTENT and not head.protocol:
+        if head.method in IDEMPOTENT and not head.protocol:
             self._replay = []
         self._ask(connection)
 
@@ -334,7 +336,7 @@ class OriginLeg(Leg):
         assert self._replay is not None
         if type(frame) is Data:
             self._replay_size += len(frame.data)
-        if self._replay_size > _REPLAY_LIMIT:
+        if self._replay_size > REPLAY_LIMIT:
             self._replay = None
         else:
             self._replay.append(frame)

@@ -8,10 +8,23 @@ import re
 from typing import Final
 
 from quictunnel.wire.errors import ErrorCode, TunnelError
-from quictunnel.wire.fields import content_length, end_to_end, field_lines, members
+from quictunnel.wire.fields import check_fields, content_length, end_to_end, field_lines, members
 from quictunnel.wire.frames import Fields, RequestHead
 
-__all__ = ["announced_length", "encode_request", "encode_request_trailers"]
+__all__ = [
+    "IDEMPOTENT",
+    "REPLAY_LIMIT",
+    "announced_length",
+    "check_request",
+    "encode_request",
+    "encode_request_trailers",
+    "without_upgrade",
+]
+
+# RFC 9110 section 9.2.2: what may be sent again when nobody knows whether it arrived.
+IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE", b"TRACE"})
+# Bytes of a request's body kept for a second attempt; a larger one is not repeated.
+REPLAY_LIMIT: Final = 16 * 1024
 
 # RFC 9112 section 3: a method is a token, a target has no white space. HTTP/1.1 needs Host, be it empty (section 3.2).
 _START: Final = re.compile(
@@ -39,13 +52,35 @@ def announced_length(head: RequestHead) -> int | None:
     return 0
 
 
+def without_upgrade(head: RequestHead, name: str) -> RequestHead:
+    """The request as ``name`` gets it, which switches to no other protocol. Raises TunnelError (NOT_IMPLEMENTED)."""
+    if not head.protocol:
+        return head
+    if b"websocket" in head.protocol.lower():
+        # Any other protocol may be ignored (RFC 9110 section 7.8), but a handshake is of no use without its own.
+        raise TunnelError(ErrorCode.NOT_IMPLEMENTED, f"{name} serves no WebSockets through the tunnel")
+    return head._replace(body=False, protocol=b"")
+
+
+def check_request(head: RequestHead) -> None:
+    """What ``encode_request`` checks, for those who write it down in another way. Raises TunnelError (BAD_REQUEST)."""
+    if _START.fullmatch(_start(head, b"")) is None:
+        raise _malformed("its method, target or host is not what HTTP allows")
+    try:
+        check_fields(head.fields)
+    except ValueError as error:
+        raise _malformed(str(error)) from None
+    if any(name == b"host" for name, _ in head.fields):
+        raise _malformed("it has two hosts")
+
+
 def encode_request(head: RequestHead, host: bytes, length: int | None) -> bytes:
     """The request line and the header section for a body of ``length`` bytes.
 
     With a length of None the body is chunked, or opaque if a protocol is asked for. ``host`` is the Host where the head
     names none. Raises TunnelError (BAD_REQUEST) for what no request may hold.
     """
-    start = b"%b %b HTTP/1.1\r\nHost: %b\r\n" % (head.method, head.target, head.authority or host)
+    start = _start(head, host)
     if _START.fullmatch(start) is None:
         raise _malformed("its method, target or host is not what HTTP/1.1 allows")
     fields = end_to_end(head.fields)
@@ -71,6 +106,10 @@ def encode_request_trailers(trailers: Fields) -> bytes:
         return b"0\r\n%b\r\n" % field_lines(kept)
     except ValueError as error:
         raise _malformed(str(error)) from None
+
+
+def _start(head: RequestHead, host: bytes) -> bytes:
+    return b"%b %b HTTP/1.1\r\nHost: %b\r\n" % (head.method, head.target, head.authority or host)
 
 
 def _connection(protocol: bytes, te: bool) -> bytes:

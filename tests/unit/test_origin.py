@@ -11,12 +11,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from quictunnel.http.origin_answer import AnswerParser
 from quictunnel.http.limits import OriginLimits
+from quictunnel.http.origin_answer import AnswerParser
 from quictunnel.wire.errors import ErrorCode, TunnelError
 from quictunnel.wire.frames import Data, End, Fields, Frame, RequestHead, ResponseHead
-from tests.support.backend import END, MemoryDialler,
-    MemoryOrigin, Visitor, request, turns
+from tests.support.backend import END, MemoryDialler, MemoryOrigin, Visitor, request, turns
 from tests.support.clock import run
 
 OK = b"HTTP/1.1 200 OK\r\n"
