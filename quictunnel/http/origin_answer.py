@@ -1,9 +1,10 @@
 """A backend's answers: bytes in, checked frames out. No socket, clock or log in it.
 
 llhttp does the reading and refuses most of what is wrong. What its response parser lets through, found by experiment,
-is checked here: empty lines or another protocol's name before the status line, HTTP/0.9 and 2.0, a status under 100,
+is checked here: empty lines or another protocol's name before a status line, HTTP/0.9 and 2.0, a status under 100,
 control bytes in the reason phrase, transfer codings other than one ``chunked``, any of them in an HTTP/1.0 answer, a
-101 that nobody asked for, white space after a field's value, bytes after the end, heads and trailers of any size.
+101 that nobody asked for, interim answers without end, white space after a field's value, bytes after the end, heads
+and trailers of any size.
 
 The frames of one ``feed`` are handed over together or not at all: what is wrong at the end of a read spoils all of it.
 """
@@ -20,6 +21,9 @@ from quictunnel.wire.frames import Data, End, Fields, Frame, ResponseHead
 __all__ = ["AnswerParser"]
 
 _OPENING: Final = b"HTTP/1."
+# Where the status is in a status line that begins so, and llhttp accepts.
+_STATUS: Final = slice(9, 10)
+_END_OF_HEAD: Final = b"\r\n\r\n"
 _CONTROL: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _END: Final = End()
 # Enough to tell an empty line from two: bytes of the end of what came before that are remembered.
@@ -41,11 +45,13 @@ class AnswerParser:
         "_fields_limit",
         "_frames",
         "_head_method",
+        "_interim_size",
         "_opening",
         "_parser",
         "_parts",
         "_protocol",
         "_size_limit",
+        "_switched",
         "_tail",
         "_until_end",
         "complete",
@@ -64,7 +70,10 @@ class AnswerParser:
     "any byte of an answer has come"
 
     def __init__(self, *, size_limit: int, fields_limit: int) -> None:
-        """``size_limit`` bounds a head or a trailer section in bytes, ``fields_limit`` the number of its fields."""
+        """``size_limit`` bounds a head or a trailer section in bytes, ``fields_limit`` the number of its fields.
+
+        All interim answers to one request have ``size_limit`` together.
+        """
         self._size_limit = size_limit
         self._fields_limit = fields_limit
         self._parser = HttpResponseParser(self)
@@ -81,10 +90,12 @@ class AnswerParser:
         self._head_method = method == b"HEAD"
         self._protocol = protocol
         self._collected = 0
+        self._interim_size = 0
         self._opening = b""
         self._tail = b""
         self._bodiless = False
         self._chunked = False
+        self._switched = False
         self._until_end = False
         self.started = False
         self.head_seen = False
@@ -96,23 +107,17 @@ class AnswerParser:
 
         Raises TunnelError (HTTP_PROTOCOL_ERROR); feed nothing more after it.
         """
-        if not self.started or self._opening:
-            self._check_opening(data)
         frames: list[Frame] = []
         self._frames = frames
-        self._collected += len(data)
-        try:
-            self._parser.feed_data(data)
-        except HttpParserUpgrade as upgrade:
-            if early := data[upgrade.args[0] :]:
-                frames.append(Data(bytes(early)))
-            return frames
-        except HttpParserError as error:
-            # Bytes after an answer that cannot have a body were never part of it (RFC 9112 section 6.3, rule 1).
-            if not (self.complete and self._bodiless):
-                self._refuse(error)
-            self.keep_alive = False
-        self._collect(data)
+        if not self.head_seen and (self.started or data[_STATUS] in (b"", b"1")):
+            data = self._feed_heads(data)
+            if self._switched:
+                if data:
+                    frames.append(Data(data))
+                return frames
+        self.started = True
+        if data:
+            self._feed(data)
         return frames
 
     def end(self) -> list[Frame]:
@@ -150,6 +155,10 @@ class AnswerParser:
         status = self._parser.get_status_code()
         fields = self._fields
         self._fields = []
+        if status < 200:
+            self._interim_size += self._collected
+            if self._interim_size > self._size_limit:
+                raise _wrong("its interim answers have no end")
         too_long = self._collected > self._size_limit and _size(fields) > self._size_limit
         if too_long or len(fields) > self._fields_limit:
             raise _wrong("the head of its answer is too large")
@@ -172,19 +181,50 @@ class AnswerParser:
         elif self._chunked:
             self.keep_alive = False  # chunks after the head of an answer to HEAD
 
+    # What is fed to it
+
+    def _feed_heads(self, data: bytes) -> bytes:
+        """Feed heads one by one, up to the final one: each is looked at from its beginning. What is left after it."""
+        self.started = True
+        while data and not self.head_seen:
+            tail = self._tail[-3:]
+            found = (tail + data).find(_END_OF_HEAD)
+            end = len(data) if found < 0 else found + len(_END_OF_HEAD) - len(tail)
+            self._feed(data[:end])
+            if found >= 0 and not self.head_seen:
+                self._opening = self._tail = b""
+            data = data[end:]
+        if data and self.complete and not self._switched:
+            # It had no body, or could not have one.
+            if not self._bodiless:
+                raise _wrong("bytes follow the end of its answer")
+            self.keep_alive = False
+            return b""
+        return data
+
+    def _feed(self, data: bytes) -> None:
+        if len(self._opening) < len(_OPENING):
+            self._check_opening(data)
+        self._collected += len(data)
+        try:
+            self._parser.feed_data(data)
+        except HttpParserUpgrade:
+            self._switched = True
+            return
+        except HttpParserError as error:
+            # Bytes after an answer that cannot have a body were never part of it (RFC 9112 section 6.3, rule 1).
+            if not (self.complete and self._bodiless):
+                self._refuse(error)
+            self.keep_alive = False
+        self._collect(data)
+
     # Heads
 
     def _check_opening(self, data: bytes) -> None:
         # llhttp skips empty lines before a status line, and knows RTSP and ICE (RFC 9112 section 2.1).
-        self.started = True
-        if data.startswith(_OPENING):
-            return
-        self._opening += data[: len(_OPENING)]
-        opening = self._opening[: len(_OPENING)]
-        if not _OPENING.startswith(opening):
+        self._opening += data[: len(_OPENING) - len(self._opening)]
+        if not _OPENING.startswith(self._opening):
             raise _wrong("its answer does not begin with an HTTP/1.1 status line")
-        if len(opening) == len(_OPENING):
-            self._opening = b""
 
     def _interim(self, status: int, fields: Fields) -> None:
         if status < 100 or self._parser.get_http_version() != "1.1":
