@@ -21,7 +21,14 @@ from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 
 from quictunnel.http.limits import VisitorLimits
 from quictunnel.wire.errors import ErrorCode, TunnelError
-from quictunnel.wire.fields import TUNNEL_HEADER, content_length, parse_host, trailer_fields
+from quictunnel.wire.fields import (
+    TUNNEL_HEADER,
+    content_length,
+    forward_once,
+    parse_host,
+    trailer_fields,
+    upgrade_protocols,
+)
 from quictunnel.wire.frames import Fields
 
 __all__ = ["DoorParser", "Request"]
@@ -50,6 +57,8 @@ _CHUNK_OVERHEAD: Final = 16
 _READ_HERE: Final = frozenset(
     {b"connection", b"content-length", b"host", b"transfer-encoding", b"upgrade", TUNNEL_HEADER}
 )
+# RFC 9110 section 7.6.2
+_COUNTED: Final = frozenset({b"OPTIONS", b"TRACE"})
 _HEAD, _LENGTH, _CHUNKED = range(3)
 
 
@@ -70,14 +79,14 @@ class Request(NamedTuple):
     "``1.0`` or ``1.1``"
 
     fields: Fields
-    "all of them, names in lower case, Host and hop-by-hop ones too"
+    "names in lower case, Host and hop-by-hop ones too; Max-Forwards counted down, and no Expect in HTTP/1.0"
 
     body: bool
     keep_alive: bool
     "whether the visitor lets the connection live on (RFC 9112 section 9.3)"
 
     protocol: bytes
-    "what Upgrade asks for, ``h2c`` left out; empty for none"
+    "what Upgrade asks for and may have (``upgrade_protocols``); empty for none"
 
     tunnel: bytes
     "the value of X-Tunnel-Session, empty for none"
@@ -103,6 +112,7 @@ class DoorParser:
         "_tail",
         "complete",
         "request",
+        "secure",
         "trailers",
     )
 
@@ -110,14 +120,17 @@ class DoorParser:
     "the last request has been read to its end, and nothing of the next one has come"
     request: Request | None
     "the head that the last ``feed`` completed, if it did"
+    secure: bool
+    "an https URL may be asked for: the connection has TLS, or belongs to a proxy that had it"
     trailers: Fields
     "the trailer fields of a complete request"
 
     def __init__(self, limits: VisitorLimits) -> None:
         self._limits = limits
         self._stage = _HEAD
-        self._llhttp = HttpRequestParser(self)
+        self._llhttp = self._new_llhttp()
         self.complete = True
+        self.secure = False
         self.request = None
         self.trailers = []
 
@@ -161,6 +174,12 @@ class DoorParser:
             return b""
         self._parts = []
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _new_llhttp(self) -> HttpRequestParser:
+        parser = HttpRequestParser(self)
+        # Whether another request may follow is for ``_check`` to say: llhttp believes Proxy-Connection too.
+        parser.set_dangerous_leniencies(lenient_keep_alive=True)
+        return parser
 
     def close(self) -> None:
         """Let go of llhttp, which refers back; nothing may be fed any more."""
@@ -247,7 +266,7 @@ class DoorParser:
             raise _malformed(str(error)) from None
         if len(fields) > self._limits.head_fields:
             raise TunnelError(ErrorCode.HEAD_TOO_LARGE, "The request has too many header fields.")
-        self.request, length = _check(line, fields)
+        self.request, length = _check(line, fields, secure=self.secure)
         self._fields = []
         if length == 0:
             if not self._done:
@@ -265,7 +284,7 @@ class DoorParser:
 
     def _expect_body(self) -> None:
         """Have llhttp read the body it skipped: a server may ignore an upgrade (RFC 9110 section 7.8), never a body."""
-        self._llhttp = HttpRequestParser(self)
+        self._llhttp = self._new_llhttp()
         framing = b"Content-Length: %d" % self._left if self._stage == _LENGTH else b"Transfer-Encoding: chunked"
         self._llhttp.feed_data(b"%b%b\r\n\r\n" % (_NEUTRAL_LINE, framing))
         self._fields = []
@@ -344,7 +363,7 @@ class DoorParser:
 # The rules of a head
 
 
-def _check(line: re.Match[bytes], fields: Fields) -> tuple[Request, int | None]:
+def _check(line: re.Match[bytes], fields: Fields, *, secure: bool) -> tuple[Request, int | None]:
     """The request, and the length of its body: 0 for none, None for a chunked one."""
     method, target, minor = line.groups()
     hosts: list[bytes] = []
@@ -368,11 +387,18 @@ def _check(line: re.Match[bytes], fields: Fields) -> tuple[Request, int | None]:
         else:
             tunnels.append(value)
     length = _body_length(fields, codings, minor) if announced or codings else 0
-    target, authority, host = _address(method, target, hosts, minor)
+    target, authority, host = _address(method, target, hosts, minor, secure=secure)
     if len(tunnels) > 1:
         raise _malformed("it names two tunnels")
+    if method in _COUNTED:
+        fields = _forward_once(method, fields)
+    if minor == b"0":
+        # RFC 9110 section 10.1.1
+        fields = [field for field in fields if field[0] != b"expect"]
     wanted = _options(options)
-    protocol = _protocol(upgrade) if upgrade and b"upgrade" in wanted and minor == b"1" and length == 0 else b""
+    protocol = b""
+    if upgrade and b"upgrade" in wanted and minor == b"1" and length == 0:
+        protocol = b", ".join(upgrade_protocols(upgrade))
     return (
         Request(
             method=method,
@@ -405,7 +431,9 @@ def _body_length(fields: Fields, codings: list[bytes], minor: bytes) -> int | No
     return None
 
 
-def _address(method: bytes, target: bytes, hosts: list[bytes], minor: bytes) -> tuple[bytes, bytes, str]:
+def _address(
+    method: bytes, target: bytes, hosts: list[bytes], minor: bytes, *, secure: bool
+) -> tuple[bytes, bytes, str]:
     """The target to pass on, the authority and the host (RFC 9112 sections 3.2 and 3.3)."""
     if method == b"CONNECT":
         raise TunnelError(ErrorCode.NOT_IMPLEMENTED, "CONNECT is not offered here.")
@@ -427,7 +455,21 @@ def _address(method: bytes, target: bytes, hosts: list[bytes], minor: bytes) -> 
     named = _host(absolute[1])
     if hosts and named != address:
         raise _malformed("its target and its Host disagree")
+    if not secure and target[:5].lower() == b"https":
+        # RFC 9110 section 7.4: an https resource is to be had over TLS alone.
+        raise TunnelError(ErrorCode.MISDIRECTED, "An https URL cannot be asked for without TLS.")
     return _origin_form(method, absolute[2] or b""), absolute[1], named[0]
+
+
+def _forward_once(method: bytes, fields: Fields) -> Fields:
+    try:
+        forwarded = forward_once(fields)
+    except ValueError as error:
+        raise _malformed(str(error)) from None
+    if forwarded is None:
+        name = method.decode("ascii")
+        raise TunnelError(ErrorCode.NOT_IMPLEMENTED, f"Max-Forwards ends the {name} here, where it has no answer.")
+    return forwarded
 
 
 def _origin_form(method: bytes, target: bytes) -> bytes:
@@ -448,12 +490,6 @@ def _options(value: bytes) -> list[bytes]:
     if b"," not in value:
         return [value]
     return [option.strip(b" \t") for option in value.split(b",")]
-
-
-def _protocol(upgrade: bytes) -> bytes:
-    # Requests inside an h2c connection would pass every rule of this door unseen.
-    asked = [protocol for part in upgrade.split(b",") if (protocol := part.strip(b" \t"))]
-    return b", ".join([protocol for protocol in asked if protocol.partition(b"/")[0].lower() not in (b"h2c", b"h2")])
 
 
 def _malformed(what: str) -> TunnelError:

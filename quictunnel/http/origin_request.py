@@ -8,7 +8,14 @@ import re
 from typing import Final
 
 from quictunnel.wire.errors import ErrorCode, TunnelError
-from quictunnel.wire.fields import check_fields, content_length, end_to_end, field_lines, members
+from quictunnel.wire.fields import (
+    check_fields,
+    content_length,
+    end_to_end,
+    field_lines,
+    members,
+    upgrade_protocols,
+)
 from quictunnel.wire.frames import Fields, RequestHead
 
 __all__ = [
@@ -30,8 +37,6 @@ REPLAY_LIMIT: Final = 16 * 1024
 _START: Final = re.compile(
     rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+ [\x21-\x7e\x80-\xff]+ HTTP/1\.1\r\nHost: [\x21-\x7e\x80-\xff]*\r\n"
 )
-# RFC 9110 section 7.8
-_PROTOCOL: Final = re.compile(rb"[\t\x20-\x7e]+")
 
 # Fields that would change the message they trail (RFC 9110 section 6.5.1).
 _NOT_IN_TRAILERS: Final = frozenset(
@@ -116,11 +121,9 @@ def _connection(protocol: bytes, te: bool) -> bytes:
     # Both speak of this connection alone and must be named by Connection (RFC 9110 sections 7.8 and 10.1.4).
     if not protocol:
         return b"Connection: TE\r\n"
-    if _PROTOCOL.fullmatch(protocol) is None:
-        raise _malformed("the protocol it asks for is not one")
-    if b"h2c" in members([(b"upgrade", protocol.lower())], b"upgrade"):
-        # Requests inside an h2c connection pass every rule of the tunnel unseen.
-        raise _malformed("it asks for h2c")
+    asked = upgrade_protocols(protocol)
+    if not asked or asked != members([(b"upgrade", protocol)], b"upgrade"):
+        raise _malformed("the protocol it asks for is not one that it may ask for")
     return b"Connection: %b\r\nUpgrade: %b\r\n" % (b"Upgrade, TE" if te else b"Upgrade", protocol)
 
 

@@ -107,6 +107,7 @@ class VisitorConnection(VisitorOutput):
             self._scheme = b"https"
         peer = transport.get_extra_info("peername")
         self._forwarding = listener.forwarding(peer[0] if isinstance(peer, tuple) else "", self._scheme)
+        self._parser.secure = self._scheme == b"https" or self._forwarding.trusted
         self.deadline = self._loop.time() + listener.limits.head_time
         if not listener.admit(self):
             if not transport.is_closing():

@@ -20,11 +20,13 @@ __all__ = [
     "content_length",
     "end_to_end",
     "field_lines",
+    "forward_once",
     "is_token",
     "members",
     "parse_host",
     "trailer_fields",
     "tunnel_name",
+    "upgrade_protocols",
 ]
 
 TUNNEL_HEADER: Final = b"x-tunnel-session"
@@ -51,26 +53,10 @@ HOP_BY_HOP: Final = frozenset(
 # What a Connection field can't take away: the message's framing and its address.
 _NOT_NOMINATED: Final = frozenset({b"content-length", b"host"})
 
-# What the tunnel says itself: from a visitor it would be a claim that nobody checked.
-_CLAIMS: Final = frozenset(
-    {
-        b"forwarded",
-        b"proxy-status",
-        b"via",
-        b"x-forwarded",
-        b"x-forwarded-by",
-        b"x-forwarded-for",
-        b"x-forwarded-host",
-        b"x-forwarded-port",
-        b"x-forwarded-prefix",
-        b"x-forwarded-proto",
-        b"x-forwarded-protocol",
-        b"x-forwarded-scheme",
-        b"x-forwarded-server",
-        b"x-forwarded-ssl",
-        b"x-real-ip",
-    }
-)
+# What the tunnel says itself, or what others say in front of applications: from a visitor it would be a claim that
+# nobody checked. So is all that begins like X-Forwarded: proxies vouch for users and certificates in such fields.
+_CLAIMS: Final = frozenset({b"forwarded", b"proxy-status", b"via", b"x-real-ip"})
+_CLAIM_STARTS: Final = (b"x-forwarded", b"x_forwarded")
 
 # Fields that say how a message is to be framed, routed, authorised or understood: too late in a trailer (RFC 9110
 # section 6.5.1).
@@ -91,6 +77,11 @@ _NOT_IN_TRAILERS: Final = frozenset(
         b"trailer",
     }
 )
+
+# RFC 9110 section 7.8
+_PROTOCOL: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+(?:/[!#$%&'*+\-.^_`|~0-9A-Za-z]+)?")
+# RFC 7540 section 3.1
+_HTTP_2: Final = (b"h2", b"h2c")
 
 _TOKEN_BYTES: Final = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 # RFC 9114 section 4.2: an upper-case name is malformed. It would also slip past every rule above.
@@ -184,7 +175,33 @@ def end_to_end(fields: Fields) -> Fields:
 
 def trailer_fields(fields: Fields) -> Fields:
     """The trailer fields that go on: what only a head may say, and what a visitor may not claim, is left out."""
-    return [field for field in fields if field[0] not in _NEVER_IN_TRAILERS]
+    return [field for field in fields if field[0] not in _NEVER_IN_TRAILERS and not field[0].startswith(_CLAIM_STARTS)]
+
+
+def upgrade_protocols(value: bytes) -> list[bytes]:
+    """The protocols that an Upgrade field of this value may ask for here, in order (RFC 9110 section 7.8).
+
+    Left out are HTTP/2, because requests inside such a connection would pass every rule unseen, and what is malformed.
+    """
+    asked = members([(b"upgrade", value)], b"upgrade")
+    return [each for each in asked if _PROTOCOL.fullmatch(each) and each.partition(b"/")[0].lower() not in _HTTP_2]
+
+
+def forward_once(fields: Fields) -> Fields | None:
+    """The fields of a TRACE or OPTIONS with one less in Max-Forwards, None if it may go no further (RFC 9110 section
+    7.6.2).
+
+    Raises ValueError for a Max-Forwards that is not one number.
+    """
+    values = [value for name, value in fields if name == b"max-forwards"]
+    if not values:
+        return fields
+    if len(values) > 1 or not values[0].isdigit() or len(values[0]) > _LENGTH_DIGITS:
+        raise ValueError("the Max-Forwards is not a number")
+    left = int(values[0]) - 1
+    if left < 0:
+        return None
+    return [(name, b"%d" % left if name == b"max-forwards" else value) for name, value in fields]
 
 
 def content_length(fields: Fields) -> int | None:
@@ -253,14 +270,17 @@ class Forwarding:
     claims are left out.
     """
 
-    __slots__ = ("_authority", "_client", "_node", "_own", "_scheme", "_trusted", "client")
+    __slots__ = ("_authority", "_client", "_node", "_own", "_scheme", "client", "trusted")
+
+    trusted: bool
+    "the visitor is a proxy of the operator's"
 
     def __init__(self, client: str, scheme: bytes, *, trusted: bool) -> None:
         """``client`` is an IP address, or anything else for an unknown one; ``scheme`` is ``http`` or ``https``."""
         self.client, self._node = _client(client)
         self._client = self.client.encode("ascii")
         self._scheme = scheme
-        self._trusted = trusted
+        self.trusted = trusted
         self._authority: bytes | None = None
         self._own: Fields = []
 
@@ -270,9 +290,13 @@ class Forwarding:
         ``authority`` was checked by ``parse_host``; ``version`` is the HTTP version that the visitor spoke. Names
         with underscores that an application could take for a field that the tunnel sets or relies on are left out.
         """
-        if self._trusted:
+        if self.trusted:
             return self._append(fields, authority, version)
-        kept = [field for field in fields if field[0] not in _NEVER_FROM_ANYONE_ELSE]
+        kept = [
+            field
+            for field in fields
+            if field[0] not in _NEVER_FROM_ANYONE_ELSE and not field[0].startswith(_CLAIM_STARTS)
+        ]
         # Nearly always the authority of the request before.
         if authority != self._authority:
             self._authority = authority
@@ -290,13 +314,17 @@ class Forwarding:
         return b"for=%b%b;proto=%b" % (self._node, host, self._scheme)
 
     def _append(self, fields: Fields, authority: bytes, version: bytes) -> Fields:
-        kept = [field for field in fields if field[0] not in _NEVER_FROM_TRUSTED]
+        kept = [field for field in fields if field[0] not in _NEVER_FROM_TRUSTED and not _is_shadow(field[0])]
         names = {name for name, _ in kept}
         _append(kept, b"x-forwarded-for", self._client)
         kept += [field for field in self._forwarded(authority)[1:] if field[0] not in names]
         _append(kept, b"forwarded", self._element(authority))
         _append(kept, b"via", _VIA[version])
         return kept
+
+
+def _is_shadow(name: bytes) -> bool:
+    return name.startswith(_CLAIM_STARTS) and b"_" in name
 
 
 _VIA: Final = {version: version + b" quictunnel" for version in (b"1.0", b"1.1", b"2.0")}

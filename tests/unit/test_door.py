@@ -73,10 +73,13 @@ REFUSED = [
     *map(line, [b"GET http://b/ HTTP/1.1", b"GET http://a:81/ HTTP/1.1", b"GET http://a,b/ HTTP/1.1"]),
     *map(line, [b"GET http://a/#f HTTP/1.1"]),
     *map(line, [b"PRI * HTTP/2.0", b"\xef\xbb\xbfGET / HTTP/1.1", b"GET /\r HTTP/1.1", b"HTTP/1.1 200 OK"]),
+    line(b"GET https://a/ HTTP/1.1", 421),
     line(b"CONNECT a:80 HTTP/1.1", 501),
     line(b"CONNECT / HTTP/1.1", 501),
     line(b"GET /" + b"a" * 8192 + b" HTTP/1.1", 414),
     line(b"GET /" + b"a" * 70000 + b" HTTP/1.1", 414),
+    Refused(b"TRACE / HTTP/1.1\r\nHost: a\r\nMax-Forwards: 0\r\n\r\n", 501),
+    Refused(b"OPTIONS * HTTP/1.1\r\nHost: a\r\nMax-Forwards: x\r\n\r\n"),
     # line ends (RFC 9112 section 2.2)
     Refused(b"GET / HTTP/1.1\nHost: a\n\n"),
     Refused(b"GET / HTTP/1.1\nHost: a\r\n\r\n"),
@@ -255,7 +258,7 @@ PASSED = [
     passes(b"GET http://a", b"/"),
     passes(b"GET http://a/", b"/"),
     passes(b"GET HTTP://A:80/x?y", b"/x?y", b"Host: a:80\r\n", b"A:80"),
-    passes(b"GET https://a?y", b"/?y"),
+    passes(b"GET http://a?y", b"/?y"),
     passes(b"OPTIONS http://a", b"*"),
     passes(b"OPTIONS http://a/", b"/"),
     passes(b"GET http://a//b/../c?http://d", b"//b/../c?http://d"),
@@ -395,6 +398,40 @@ def test_an_upgrade_is_asked_for_only_in_due_form(fields: bytes, version: bytes,
     parser.feed(b"GET / HTTP/" + version + b"\r\nHost: a\r\n" + fields + b"\r\n")
     assert parser.request is not None
     assert parser.request.protocol == expected
+
+
+@pytest.mark.parametrize("name", [b"Connection", b"Proxy-Connection", b"Keep-Alive"])
+@pytest.mark.parametrize("value", [b"close", b"keep-alive, close", b"Upgrade", b"x"])
+@pytest.mark.parametrize("fields", [b"", b"Upgrade: h2c\r\n", b"Content-Length: 0\r\n"], ids=["", "h2c", "length"])
+def test_what_follows_a_request_is_read_whatever_its_fields_say_of_the_connection(
+    name: bytes, value: bytes, fields: bytes
+) -> None:
+    head = b"POST / HTTP/1.1\r\nHost: a\r\n" + name + b": " + value + b"\r\n" + fields + b"\r\n"
+    found = read(DoorParser(VisitorLimits()), [head, PASSED[0].data])
+    assert [request.method for request, _, _ in found] == [b"POST", b"GET"]
+
+
+def test_https_url_may_be_asked_for_where_there_is_tls() -> None:
+    parser = DoorParser(VisitorLimits())
+    parser.secure = True
+    parser.feed(b"GET HTTPS://a?y HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert parser.request is not None
+    assert (parser.request.target, parser.request.authority) == (b"/?y", b"a")
+
+
+def test_only_trace_and_options_count_max_forwards() -> None:
+    parser = DoorParser(VisitorLimits())
+    for method, expected in ((b"GET", b"5"), (b"OPTIONS", b"4"), (b"TRACE", b"4")):
+        parser.feed(method + b" / HTTP/1.1\r\nHost: a\r\nMax-Forwards: 5\r\n\r\n")
+        assert parser.request is not None
+        assert parser.request.fields == [(b"host", b"a"), (b"max-forwards", expected)]
+
+
+def test_http_1_0_expects_nothing() -> None:
+    parser = DoorParser(VisitorLimits())
+    parser.feed(b"POST / HTTP/1.0\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 1\r\n\r\n")
+    assert parser.request is not None
+    assert parser.request.fields == [(b"host", b"a"), (b"content-length", b"1")]
 
 
 def test_tiny_chunks_pass_and_extensions_without_end_do_not() -> None:

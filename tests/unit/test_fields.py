@@ -10,11 +10,13 @@ from quictunnel.wire.fields import (
     content_length,
     end_to_end,
     field_lines,
+    forward_once,
     is_token,
     members,
     parse_host,
     trailer_fields,
     tunnel_name,
+    upgrade_protocols,
 )
 from quictunnel.wire.frames import Fields
 
@@ -110,12 +112,46 @@ def test_end_to_end_is_stable(fields: Fields) -> None:
 
 def test_trailers_carry_nothing_that_frames_routes_or_claims() -> None:
     names = [b"content-length", b"transfer-encoding", b"host", b"x-forwarded-for", b"x_forwarded_for", b"authorization"]
+    names += [b"x-forwarded-user", b"x_forwarded_user"]
     assert trailer_fields([*((name, b"x") for name in names), (b"grpc-status", b"0")]) == [(b"grpc-status", b"0")]
 
 
 def test_members_join_lines_and_leave_out_empty_ones() -> None:
     fields = [(b"upgrade", b"a, b"), ACCEPT, (b"upgrade", b",c\t,")]
     assert members(fields, b"upgrade") == [b"a", b"b", b"c"]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (b"websocket", [b"websocket"]),
+        (b"a/1,, B ,\tc/2.0", [b"a/1", b"B", b"c/2.0"]),
+        (b"h2c", []),
+        (b"H2C, websocket, h2/1, h2", [b"websocket"]),
+        (b'"h2c", h2c x, h2c;q=1, a/b/c, a/, /a, a@b, a\x00, \r\n', []),
+        (b"h2cx", [b"h2cx"]),
+        (b"", []),
+    ],
+)
+def test_protocols_are_tokens_and_never_http_2(value: bytes, expected: list[bytes]) -> None:
+    assert upgrade_protocols(value) == expected
+
+
+def test_max_forwards_is_counted_down() -> None:
+    assert forward_once([ACCEPT]) == [ACCEPT]
+    assert forward_once([(b"max-forwards", b"010"), ACCEPT]) == [(b"max-forwards", b"9"), ACCEPT]
+    assert forward_once([(b"max-forwards", b"0")]) is None
+
+
+@pytest.mark.parametrize("value", [b"", b"-1", b"+1", b"1.0", b"x", b"\xb2", b"1" * 19])
+def test_max_forwards_that_is_no_number_is_refused(value: bytes) -> None:
+    with pytest.raises(ValueError, match="Max-Forwards"):
+        forward_once([(b"max-forwards", value)])
+
+
+def test_two_max_forwards_are_refused() -> None:
+    with pytest.raises(ValueError, match="Max-Forwards"):
+        forward_once([(b"max-forwards", b"1")] * 2)
 
 
 # Lengths
@@ -216,7 +252,8 @@ def test_a_tunnel_is_the_first_label_under_the_domain(host: str, name: str | Non
 def test_a_stranger_is_described_and_its_claims_are_gone() -> None:
     claims = (
         b"x-forwarded-for x-forwarded-host x-forwarded-proto x-forwarded-port forwarded x-real-ip via proxy-status "
-        b"host x-tunnel-session x_forwarded_for x-forwarded_for content_length transfer_encoding x_real_ip keep_alive"
+        b"host x-tunnel-session x_forwarded_for x-forwarded_for content_length transfer_encoding x_real_ip keep_alive "
+        b"x-forwarded x-forwarded-user x-forwarded-client-cert x_forwarded_user x-forwarded_user x_forwarded-user"
     ).split()
     forwarding = Forwarding("192.0.2.7", b"https", trusted=False)
     assert forwarding.client == "192.0.2.7"
@@ -271,7 +308,9 @@ def test_a_trusted_proxy_is_believed_and_added() -> None:
         (b"forwarded", b"for=203.0.113.9"),
         (b"via", b"2 front"),
         (b"x-real-ip", b"203.0.113.9"),
+        (b"x-forwarded-user", b"someone"),
         (b"x_forwarded_for", b"spoof"),
+        (b"x-forwarded_user", b"spoof"),
         (b"x-tunnel-session", b"app"),
     ]
     found = Forwarding("192.0.2.7", b"http", trusted=True).apply(told, b"a.example")
@@ -281,6 +320,7 @@ def test_a_trusted_proxy_is_believed_and_added() -> None:
         (b"x-forwarded-for", b"203.0.113.9, 198.51.100.1, 192.0.2.7"),
         (b"x-forwarded-host", b"a.example"),
         (b"x-forwarded-proto", b"https"),
+        (b"x-forwarded-user", b"someone"),
         (b"x-real-ip", b"203.0.113.9"),
     ]
 

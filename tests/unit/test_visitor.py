@@ -96,6 +96,16 @@ async def test_a_tls_visitor_came_by_https() -> None:
         assert dict(site.peer.head.fields)[b"x-forwarded-proto"] == b"https"
 
 
+async def test_an_https_url_may_be_asked_for_over_tls_or_by_a_trusted_proxy() -> None:
+    https_url = b"GET https://a/ HTTP/1.1\r\nHost: a\r\n\r\n"
+    with edge() as site:
+        for peer, tls, seen in ((("192.0.2.7", 1), False, 0), (("192.0.2.7", 1), True, 1), (("10.1.2.3", 1), False, 2)):
+            connection, transport = site.connect(peer, tls=tls)
+            connection.data_received(https_url)
+            assert len(site.peers) == seen
+            assert transport.written.startswith(b"HTTP/1.1 421 ") is (seen == 0)
+
+
 @pytest.mark.parametrize("peer", [None, "", ("unix", 1)])
 async def test_a_visitor_without_an_address_is_unknown(peer: object) -> None:
     with edge() as site:
