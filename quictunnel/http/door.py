@@ -31,7 +31,7 @@ from quictunnel.wire.fields import (
 )
 from quictunnel.wire.frames import Fields
 
-__all__ = ["DoorParser", "Request"]
+__all__ = ["DoorParser", "Request", "count_forward", "malformed", "read_address"]
 
 _CRLF: Final = b"\r\n"
 _END_OF_HEAD: Final = b"\r\n\r\n"
@@ -218,7 +218,7 @@ class DoorParser:
         while data[:2] == _CRLF:
             self._empty_lines += 1
             if self._empty_lines > _EMPTY_LINES:
-                raise _malformed("it begins with empty lines")
+                raise malformed("it begins with empty lines")
             data = data[2:]
         self._checked = 0
         return data
@@ -230,9 +230,9 @@ class DoorParser:
         line_ends = data.count(_CRLF, start)
         # The last byte may be the CR of a LF to come.
         if data.count(b"\n", seen) != line_ends or data.count(b"\r", start, -1) != line_ends:
-            raise _malformed("a line does not end with CR LF")
+            raise malformed("a line does not end with CR LF")
         if data and data != b"\r" and _TOKEN_START.match(data) is None:
-            raise _malformed("it does not begin with a method")
+            raise malformed("it does not begin with a method")
         line_end = data.find(_CRLF, 0, self._limits.target_length + _LINE_OVERHEAD)
         if line_end >= 0:
             if line_end + 2 > seen:
@@ -248,7 +248,7 @@ class DoorParser:
     def _read_line(self, head: bytes) -> re.Match[bytes]:
         line = _REQUEST_LINE.match(head)
         if line is None:
-            raise _malformed("its request line is not one of HTTP/1.1")
+            raise malformed("its request line is not one of HTTP/1.1")
         if len(line[2]) > self._limits.target_length:
             raise TunnelError(ErrorCode.TARGET_TOO_LONG)
         return line
@@ -263,14 +263,14 @@ class DoorParser:
         except HttpParserUpgrade:
             pass  # llhttp skips the body of a request that asks for an upgrade
         except HttpParserError as error:
-            raise _malformed(str(error)) from None
+            raise malformed(str(error)) from None
         if len(fields) > self._limits.head_fields:
             raise TunnelError(ErrorCode.HEAD_TOO_LARGE, "The request has too many header fields.")
         self.request, length = _check(line, fields, secure=self.secure)
         self._fields = []
         if length == 0:
             if not self._done:
-                raise _malformed("whether it has a body is in doubt")
+                raise malformed("whether it has a body is in doubt")
             self._complete([])
             return
         if length is None:
@@ -332,13 +332,13 @@ class DoorParser:
         if self._quiet > self._limits.head_size:
             raise TunnelError(ErrorCode.HEAD_TOO_LARGE, "The request's trailer section is too large.")
         if self._overhead > self._limits.head_size + _CHUNK_OVERHEAD * self._body_size:
-            raise _malformed("its chunks hold next to nothing")
+            raise malformed("its chunks hold next to nothing")
 
     def _feed_llhttp(self, data: bytes) -> None:
         try:
             self._llhttp.feed_data(data)
         except HttpParserError as error:
-            raise _malformed(str(error)) from None
+            raise malformed(str(error)) from None
 
     def _complete(self, trailers: Fields) -> None:
         self._stage = _HEAD
@@ -387,11 +387,10 @@ def _check(line: re.Match[bytes], fields: Fields, *, secure: bool) -> tuple[Requ
         else:
             tunnels.append(value)
     length = _body_length(fields, codings, minor) if announced or codings else 0
-    target, authority, host = _address(method, target, hosts, minor, secure=secure)
+    target, authority, host = read_address(method, target, hosts, minor, secure=secure)
     if len(tunnels) > 1:
-        raise _malformed("it names two tunnels")
-    if method in _COUNTED:
-        fields = _forward_once(method, fields)
+        raise malformed("it names two tunnels")
+    fields = count_forward(method, fields)
     if minor == b"0":
         # RFC 9110 section 10.1.1
         fields = [field for field in fields if field[0] != b"expect"]
@@ -421,51 +420,57 @@ def _body_length(fields: Fields, codings: list[bytes], minor: bytes) -> int | No
     try:
         length = content_length(fields)
     except ValueError as error:
-        raise _malformed(str(error)) from None
+        raise malformed(str(error)) from None
     if not codings:
         return length
     if length is not None:
-        raise _malformed("it has both a Content-Length and a Transfer-Encoding")
+        raise malformed("it has both a Content-Length and a Transfer-Encoding")
     if codings != [b"chunked"] or minor == b"0":
-        raise _malformed("its Transfer-Encoding is not a lone chunked of HTTP/1.1")
+        raise malformed("its Transfer-Encoding is not a lone chunked of HTTP/1.1")
     return None
 
 
-def _address(
+def read_address(
     method: bytes, target: bytes, hosts: list[bytes], minor: bytes, *, secure: bool
 ) -> tuple[bytes, bytes, str]:
-    """The target to pass on, the authority and the host (RFC 9112 sections 3.2 and 3.3)."""
+    """The target to pass on, the authority and the host (RFC 9112 sections 3.2 and 3.3). Raises TunnelError."""
     if method == b"CONNECT":
         raise TunnelError(ErrorCode.NOT_IMPLEMENTED, "CONNECT is not offered here.")
     if len(hosts) != 1 and (hosts or minor == b"1"):
-        raise _malformed("it needs exactly one Host")
+        raise malformed("it needs exactly one Host")
     if b"#" in target:
-        raise _malformed("its target has a fragment")
+        raise malformed("its target has a fragment")
     authority = hosts[0] if hosts else b""
     address = _host(authority) if hosts else ("", None)
     if target[:1] == b"/":
         return target, authority, address[0]
     if target == b"*":
         if method != b"OPTIONS":
-            raise _malformed("only OPTIONS has the target *")
+            raise malformed("only OPTIONS has the target *")
         return target, authority, address[0]
     absolute = _ABSOLUTE_FORM.fullmatch(target)
     if absolute is None:
-        raise _malformed("its target is neither a path nor an http URL")
+        raise malformed("its target is neither a path nor an http URL")
     named = _host(absolute[1])
     if hosts and named != address:
-        raise _malformed("its target and its Host disagree")
+        raise malformed("its target and its Host disagree")
     if not secure and target[:5].lower() == b"https":
         # RFC 9110 section 7.4: an https resource is to be had over TLS alone.
         raise TunnelError(ErrorCode.MISDIRECTED, "An https URL cannot be asked for without TLS.")
     return _origin_form(method, absolute[2] or b""), absolute[1], named[0]
 
 
-def _forward_once(method: bytes, fields: Fields) -> Fields:
+def count_forward(method: bytes, fields: Fields) -> Fields:
+    """The fields with Max-Forwards counted down, where it means anything (RFC 9110 section 7.6.2).
+
+    Raises TunnelError for a count that is none, or that ends here.
+    """
+    if method not in _COUNTED:
+        return fields
     try:
         forwarded = forward_once(fields)
     except ValueError as error:
-        raise _malformed(str(error)) from None
+        raise malformed(str(error)) from None
     if forwarded is None:
         name = method.decode("ascii")
         raise TunnelError(ErrorCode.NOT_IMPLEMENTED, f"Max-Forwards ends the {name} here, where it has no answer.")
@@ -483,7 +488,7 @@ def _host(authority: bytes) -> tuple[str, int | None]:
     try:
         return parse_host(authority)
     except ValueError as error:
-        raise _malformed(str(error)) from None
+        raise malformed(str(error)) from None
 
 
 def _options(value: bytes) -> list[bytes]:
@@ -492,5 +497,6 @@ def _options(value: bytes) -> list[bytes]:
     return [option.strip(b" \t") for option in value.split(b",")]
 
 
-def _malformed(what: str) -> TunnelError:
+def malformed(what: str) -> TunnelError:
+    """What a visitor is told of a request that breaks the grammar of HTTP."""
     return TunnelError(ErrorCode.BAD_REQUEST, f"The request is malformed: {what}.")

@@ -7,7 +7,7 @@ would end the connection. Both directions: a visitor's request, a backend's answ
 import re
 from typing import Final
 
-from quictunnel.http.door import Request, _address, _malformed
+from quictunnel.http.door import Request, count_forward, malformed, read_address
 from quictunnel.http.limits import VisitorLimits
 from quictunnel.wire.errors import ErrorCode, TunnelError
 from quictunnel.wire.fields import TUNNEL_HEADER, check_fields, content_length, is_token, parse_host
@@ -33,7 +33,7 @@ def read_request(section: Fields, limits: VisitorLimits, *, ended: bool) -> Requ
     try:
         return _read_request(section, limits, ended)
     except ValueError as error:
-        raise _malformed(str(error)) from None
+        raise malformed(str(error)) from None
 
 
 def read_response(section: Fields, *, fields_limit: int) -> ResponseHead:
@@ -78,7 +78,7 @@ def _read_request(section: Fields, limits: VisitorLimits, ended: bool) -> Reques
         if _TARGET.fullmatch(target) is None:
             raise ValueError("its :path is not a path")
     _check(fields, limits.head_fields)
-    target, authority, host = _address(method, target, _hosts(pseudo, fields), b"1")
+    target, authority, host = read_address(method, target, _hosts(pseudo, fields), b"1", secure=True)
     tunnels = [value for name, value in fields if name == TUNNEL_HEADER]
     if len(tunnels) > 1:
         raise ValueError("it names two tunnels")
@@ -90,7 +90,7 @@ def _read_request(section: Fields, limits: VisitorLimits, ended: bool) -> Reques
         authority=authority,
         host=host,
         version=b"2.0",
-        fields=_one_cookie(fields),
+        fields=_one_cookie(count_forward(method, fields)),
         body=not ended,
         keep_alive=True,
         protocol=b"",
