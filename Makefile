@@ -7,12 +7,13 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check format clean
+.PHONY: help demo test test-all check format fuzz clean
 
 help:
 	@echo 'make demo      try the tunnel on this machine: server, client and a small backend, until Ctrl-C'
 	@echo 'make test      the quick tests, on both QUIC engines'
 	@echo 'make test-all  every test, the slow ones too'
+	@echo 'make fuzz      random bytes for all that reads from outside (ARGS="--seconds 600 door")'
 	@echo 'make check     lint, format, types, and which module may import which'
 	@echo 'make format    let ruff put the format right'
 	@echo 'make clean     remove .venv and what tools left behind'
@@ -34,6 +35,10 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/unit/test_floors.py
+
+fuzz: $(VENV)/.installed-dev
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || echo 'without atheris: blind (pip install atheris into $(VENV) to be guided by coverage)'
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
