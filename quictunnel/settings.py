@@ -89,6 +89,12 @@ def _check_backend(value: object) -> str:
     return parse_text(value)
 
 
+def _kind_of(backend: str) -> str:
+    from quictunnel.backends.target import parse_backend
+
+    return parse_backend(backend).kind
+
+
 def _check_join_string(value: object) -> object:
     from quictunnel.trust.join import JoinString
 
@@ -242,6 +248,9 @@ class ConnectSettings(LogSettings):
     host_header: Annotated[str, BeforeValidator(parse_host_header), Option("preserve|backend|VALUE")] = _default(
         "preserve", "the Host that the backend sees"
     )
+    allow_connect: Switch = _default(
+        False, "pass CONNECT requests on: for a backend that is a forward proxy, and lets in whom it wants"
+    )
     engine: Engine = _default("auto", "the QUIC library; auto takes qh3 when it is installed")
     grace: Duration = _default("30s", "how long requests in flight may take to finish after SIGTERM")
     backend_http: Annotated[Literal["1.1", "2"], Word, Option("1.1|2", group="backend")] = _default(
@@ -268,6 +277,12 @@ class ConnectSettings(LogSettings):
     window_budget: Annotated[int, _size(0, 2**40), LIMITS, Option("SIZE")] = _default(
         "64MiB", "what all flow-control windows may grow by together"
     )
+
+    @model_validator(mode="after")
+    def _connect_has_a_proxy(self) -> "ConnectSettings":
+        if self.allow_connect and (self.backend_http != "1.1" or _kind_of(self.backend) == "asgi"):
+            raise ValueError("--allow-connect needs a backend on a socket that speaks HTTP/1.1")
+        return self
 
 
 class DemoSettings(LogSettings):

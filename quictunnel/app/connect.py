@@ -16,7 +16,7 @@ from quictunnel.settings import ConnectSettings
 from quictunnel.trust.certificates import load_authorities
 from quictunnel.trust.files import read_bounded
 from quictunnel.trust.join import LOCAL_JOIN, TEXT_LIMIT, JoinString
-from quictunnel.wire.control import Welcome
+from quictunnel.wire.control import CONNECT_CAPABILITY, Welcome
 from quictunnel.wire.credit import WindowBudget
 
 __all__ = ["agent_config", "connect", "named_backend", "serve_session"]
@@ -32,7 +32,7 @@ async def connect(settings: ConnectSettings) -> int:
         backend = await named_backend(settings, budget)
     except ValueError as error:
         raise CommandError(str(error)) from None
-    fan_out = FanOut(backend, host_rule(settings.host_header, backend.authority))
+    fan_out = FanOut(backend, host_rule(settings.host_header, backend.authority), allow_connect=settings.allow_connect)
     agent = Agent(config, engine, fan_out, budget=budget, on_welcome=_announce)
     try:
         with stop_signals() as stopped:
@@ -103,6 +103,7 @@ def agent_config(settings: ConnectSettings) -> AgentConfig:
         authority=authority,
         pin=pin,
         max_links=settings.max_links,
+        capabilities=(CONNECT_CAPABILITY,) if settings.allow_connect else (),
     )
 
 

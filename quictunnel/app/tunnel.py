@@ -117,7 +117,9 @@ class Tunnel:
         engine = choose_engine(settings.engine)
         budget = WindowBudget(settings.window_budget)
         backend = self._backend = await self._open_backend(budget)
-        fan_out = FanOut(backend, host_rule(settings.host_header, backend.authority))
+        fan_out = FanOut(
+            backend, host_rule(settings.host_header, backend.authority), allow_connect=settings.allow_connect
+        )
         self._agent = Agent(config, engine, fan_out, budget=budget, on_welcome=self._welcomed)
         return self._agent
 

@@ -79,6 +79,8 @@ class AgentConfig:
     "SHA-256 of the CA certificate (DER) that the server will send; it is fetched once and then verified against"
 
     max_links: int = 64
+    capabilities: tuple[str, ...] = ()
+    "words of the protocol for what this client takes beyond plain requests"
 
 
 class Backoff:
@@ -229,6 +231,7 @@ class Agent(LinkOwner):
             token=config.token,
             link=index,
             agent=f"quictunnel/{__version__}",
+            capabilities=list(config.capabilities),
         )
         answer = await self._ask(link, hello)
         match answer:

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from quictunnel.exchange import Leg, join
 from quictunnel.quic.stream import StreamLeg
+from quictunnel.wire.errors import ErrorCode, TunnelError
 from quictunnel.wire.frames import RequestHead
 
 __all__ = ["Backend", "FanOut", "HostRule", "host_rule"]
@@ -41,13 +42,21 @@ def host_rule(rule: str, backend_authority: str) -> HostRule | None:
 class FanOut:
     """Joins streams to backend legs."""
 
-    def __init__(self, backend: Backend, rule: HostRule | None = None) -> None:
+    def __init__(self, backend: Backend, rule: HostRule | None = None, *, allow_connect: bool = False) -> None:
         self.backend = backend
         self._rule = rule
+        self._allow_connect = allow_connect
         self.count = 0
 
     def open_exchange(self, head: RequestHead, leg: StreamLeg) -> RequestHead:
         """Join ``leg`` to a new leg of the backend; the head that is returned goes to it next."""
         self.count += 1
+        if head.method == b"CONNECT":
+            # Whatever the server asks: it is the client that says what goes to its backend.
+            if self._allow_connect:
+                join(leg, self.backend.open())
+            else:
+                leg.abort(TunnelError(ErrorCode.NOT_IMPLEMENTED))
+            return head
         join(leg, self.backend.open())
         return head if self._rule is None else self._rule(head)

@@ -29,7 +29,7 @@ from quictunnel.wire.fields import (
     trailer_fields,
     upgrade_protocols,
 )
-from quictunnel.wire.frames import Fields
+from quictunnel.wire.frames import CONNECT, Fields
 
 __all__ = ["DoorParser", "Request", "count_forward", "malformed", "read_address"]
 
@@ -41,6 +41,8 @@ _END_OF_HEAD: Final = b"\r\n\r\n"
 _REQUEST_LINE: Final = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21-\x7e]+) HTTP/1\.([01])\r\n")
 # RFC 9112 section 3.2.2; userinfo is refused with every other malformed host (RFC 9110 section 4.2.4).
 _ABSOLUTE_FORM: Final = re.compile(rb"https?://([^/?]*)([/?].*)?", re.IGNORECASE)
+# RFC 9112 section 3.2.3
+_AUTHORITY_FORM: Final = re.compile(rb"[^:\[\]@/?#]+:[0-9]+|\[[^\[\]@/?#]+\]:[0-9]+")
 _TOKEN_START: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]")
 
 # What llhttp gets for a request line, whatever the visitor's was.
@@ -67,7 +69,7 @@ class Request(NamedTuple):
 
     method: bytes
     target: bytes
-    "in origin-form or ``*`` (RFC 9112 section 3.2)"
+    "in origin-form or ``*`` (RFC 9112 section 3.2), in authority-form for CONNECT"
 
     authority: bytes
     "byte-exact from an absolute-form target or from Host; empty for an HTTP/1.0 visitor who gave none"
@@ -86,7 +88,7 @@ class Request(NamedTuple):
     "whether the visitor lets the connection live on (RFC 9112 section 9.3)"
 
     protocol: bytes
-    "what Upgrade asks for and may have (``upgrade_protocols``); empty for none"
+    "what Upgrade asks for and may have (``upgrade_protocols``), ``connect`` for CONNECT; empty for none"
 
     tunnel: bytes
     "the value of X-Tunnel-Session, empty for none"
@@ -398,6 +400,12 @@ def _check(line: re.Match[bytes], fields: Fields, *, secure: bool) -> tuple[Requ
     protocol = b""
     if upgrade and b"upgrade" in wanted and minor == b"1" and length == 0:
         protocol = b", ".join(upgrade_protocols(upgrade))
+    keep_alive = b"close" not in wanted if minor == b"1" else b"keep-alive" in wanted and b"close" not in wanted
+    if method == b"CONNECT":
+        if length != 0 or announced:
+            raise malformed("a CONNECT has no body")
+        # What follows a CONNECT may be meant for its far end already: after a refusal it must not be read as a request.
+        protocol, keep_alive = CONNECT, False
     return (
         Request(
             method=method,
@@ -407,7 +415,7 @@ def _check(line: re.Match[bytes], fields: Fields, *, secure: bool) -> tuple[Requ
             version=b"1.1" if minor == b"1" else b"1.0",
             fields=fields,
             body=length != 0,
-            keep_alive=b"close" not in wanted if minor == b"1" else b"keep-alive" in wanted and b"close" not in wanted,
+            keep_alive=keep_alive,
             protocol=protocol,
             tunnel=tunnels[0] if tunnels else b"",
         ),
@@ -434,14 +442,19 @@ def read_address(
     method: bytes, target: bytes, hosts: list[bytes], minor: bytes, *, secure: bool
 ) -> tuple[bytes, bytes, str]:
     """The target to pass on, the authority and the host (RFC 9112 sections 3.2 and 3.3). Raises TunnelError."""
-    if method == b"CONNECT":
-        raise TunnelError(ErrorCode.NOT_IMPLEMENTED, "CONNECT is not offered here.")
     if len(hosts) != 1 and (hosts or minor == b"1"):
         raise malformed("it needs exactly one Host")
     if b"#" in target:
         raise malformed("its target has a fragment")
     authority = hosts[0] if hosts else b""
     address = _host(authority) if hosts else ("", None)
+    if method == b"CONNECT":
+        if _AUTHORITY_FORM.fullmatch(target) is None:
+            raise malformed("the target of a CONNECT is a host and a port")
+        host, port = _host(target)
+        if hosts and (host != address[0] or address[1] not in (None, port)):
+            raise malformed("its target and its Host disagree")
+        return target, target, host
     if target[:1] == b"/":
         return target, authority, address[0]
     if target == b"*":

@@ -87,7 +87,7 @@ class Http1VisitorLeg(VisitorLeg):
     def _switch(self, head: ResponseHead) -> None:
         request, connection = self.head, self._connection
         assert request is not None
-        data = encode_switch(head, request.protocol)
+        data = encode_switch(head, request.method, request.protocol)
         self.status = 101
         self.keep_alive = False
         self._framing = Framing.CLOSE

@@ -72,11 +72,12 @@ def _read_request(section: Fields, limits: VisitorLimits, ended: bool) -> Reques
         raise ValueError("its :method is not a token")
     if len(target) > limits.target_length:
         raise TunnelError(ErrorCode.TARGET_TOO_LONG)
-    if method != b"CONNECT":
-        if pseudo.get(b":scheme") not in (b"http", b"https"):
-            raise ValueError("its :scheme is neither http nor https")
-        if _TARGET.fullmatch(target) is None:
-            raise ValueError("its :path is not a path")
+    if method == b"CONNECT":
+        raise TunnelError(ErrorCode.NOT_IMPLEMENTED, "CONNECT is not offered over HTTP/2.")
+    if pseudo.get(b":scheme") not in (b"http", b"https"):
+        raise ValueError("its :scheme is neither http nor https")
+    if _TARGET.fullmatch(target) is None:
+        raise ValueError("its :path is not a path")
     _check(fields, limits.head_fields)
     target, authority, host = read_address(method, target, _hosts(pseudo, fields), b"1", secure=True)
     tunnels = [value for name, value in fields if name == TUNNEL_HEADER]

@@ -16,7 +16,7 @@ from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 from quictunnel.wire.errors import ErrorCode, TunnelError
 from quictunnel.wire.fields import content_length, end_to_end, members
-from quictunnel.wire.frames import Data, End, Fields, Frame, ResponseHead
+from quictunnel.wire.frames import CONNECT, Data, End, Fields, Frame, ResponseHead
 
 __all__ = ["AnswerParser"]
 
@@ -46,6 +46,7 @@ class AnswerParser:
         "_frames",
         "_head_method",
         "_interim_size",
+        "_is_connect",
         "_opening",
         "_parser",
         "_parts",
@@ -86,7 +87,11 @@ class AnswerParser:
     # What the connection calls
 
     def expect(self, method: bytes, protocol: bytes) -> None:
-        """Get ready for the answer to a ``method`` request that asked for ``protocol`` by Upgrade, empty for none."""
+        """Get ready for the answer to a ``method`` request that asked for ``protocol`` by Upgrade, empty for none.
+
+        A 2xx answer to CONNECT comes as a 101, and what follows it as opaque bytes.
+        """
+        self._is_connect = method == b"CONNECT"
         self._head_method = method == b"HEAD"
         self._protocol = protocol
         self._collected = 0
@@ -109,7 +114,7 @@ class AnswerParser:
         """
         frames: list[Frame] = []
         self._frames = frames
-        if not self.head_seen and (self.started or data[_STATUS] in (b"", b"1")):
+        if not self.head_seen and (self.started or self._is_connect or data[_STATUS] in (b"", b"1")):
             data = self._feed_heads(data)
             if self._switched:
                 if data:
@@ -230,7 +235,7 @@ class AnswerParser:
         if status < 100 or self._parser.get_http_version() != "1.1":
             raise _wrong("its status line is malformed")
         # Neither may be in an interim answer, and neither means anything there (RFC 9110 sections 8.6 and 15.2).
-        plain = [field for field in end_to_end(fields) if field[0] != b"content-length"]
+        plain = _unframed(end_to_end(fields))
         if status == 101:
             plain.append((b"upgrade", self._agreed_protocol(fields)))
             self.head_seen = True
@@ -249,6 +254,11 @@ class AnswerParser:
         if version != "1.1" and version != "1.0":
             raise _wrong("the version of its answer is neither HTTP/1.1 nor HTTP/1.0")
         self.head_seen = True
+        if self._is_connect and status < 300:
+            # RFC 9110 section 9.3.6: whatever framing it has means nothing.
+            self._switched = True
+            self._frames.append(ResponseHead(101, [*_unframed(end_to_end(fields)), (b"upgrade", CONNECT)]))
+            return
         self._bodiless = self._head_method or status == 204 or status == 304
         index = dict(fields)
         if b"transfer-encoding" in index:
@@ -260,7 +270,7 @@ class AnswerParser:
         kept = end_to_end(fields)
         if status == 204:
             # RFC 9110 section 8.6
-            kept = [field for field in kept if field[0] != b"content-length"]
+            kept = _unframed(kept)
         self._frames.append(ResponseHead(status, kept))
         if self._head_method:
             # llhttp cannot be told of HEAD and would wait for the body that the fields announce.
@@ -329,6 +339,10 @@ def _check_length(fields: Fields) -> None:
         content_length(fields)
     except ValueError as error:
         raise _wrong(str(error)) from None
+
+
+def _unframed(fields: Fields) -> Fields:
+    return [field for field in fields if field[0] != b"content-length"]
 
 
 def _lower(fields: Fields) -> Fields:

@@ -59,6 +59,8 @@ def announced_length(head: RequestHead) -> int | None:
 
 def without_upgrade(head: RequestHead, name: str) -> RequestHead:
     """The request as ``name`` gets it, which switches to no other protocol. Raises TunnelError (NOT_IMPLEMENTED)."""
+    if head.method == b"CONNECT":
+        raise TunnelError(ErrorCode.NOT_IMPLEMENTED, f"{name} takes no CONNECT")
     if not head.protocol:
         return head
     if b"websocket" in head.protocol.lower():
@@ -97,8 +99,10 @@ def encode_request(head: RequestHead, host: bytes, length: int | None) -> bytes:
     if b"host" in names:
         raise _malformed("it has two hosts")
     ours = b"Transfer-Encoding: chunked\r\n" if length is None and not head.protocol else b""
-    if head.protocol or b"te" in names:
-        ours += _connection(head.protocol, b"te" in names)
+    # A CONNECT is all there is to its switch.
+    protocol = b"" if head.method == b"CONNECT" else head.protocol
+    if protocol or b"te" in names:
+        ours += _connection(protocol, b"te" in names)
     return b"%b%b%b\r\n" % (start, lines, ours)
 
 

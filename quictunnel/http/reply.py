@@ -66,8 +66,8 @@ def encode_interim(head: ResponseHead) -> bytes:
     return b"%b%b\r\n" % (status_line(head.status), field_lines(fields))
 
 
-def encode_switch(head: ResponseHead, protocol: bytes) -> bytes:
-    """The head of a 101 to a request that asked for ``protocol`` (RFC 9110 section 7.8).
+def encode_switch(head: ResponseHead, method: bytes, protocol: bytes) -> bytes:
+    """The head of a 101 to a request that asked for ``protocol`` (RFC 9110 section 7.8), of a 200 to a CONNECT.
 
     Raises ValueError if it switches to anything else, or for fields that cannot be sent.
     """
@@ -76,6 +76,9 @@ def encode_switch(head: ResponseHead, protocol: bytes) -> bytes:
     if not agreed or any(name.lower() not in offered for name in agreed):
         raise ValueError("it switches to a protocol that was not asked for")
     fields = [field for field in end_to_end(head.fields) if field[0] != b"content-length"]
+    if method == b"CONNECT":
+        # RFC 9110 section 9.3.6: any 2xx, and no framing.
+        return b"HTTP/1.1 200 Connection Established\r\n%b\r\n" % field_lines(fields)
     fields += [(b"connection", b"Upgrade"), (b"upgrade", b", ".join(agreed))]
     return b"%b%b\r\n" % (status_line(101), field_lines(fields))
 

@@ -10,6 +10,7 @@ from quictunnel.log import AccessLog
 from quictunnel.quic.link import HEAD_LIMIT
 from quictunnel.quic.stream import StreamLeg
 from quictunnel.server.registry import Registry, Tunnel
+from quictunnel.wire.control import CONNECT_CAPABILITY
 from quictunnel.wire.credit import WindowBudget
 from quictunnel.wire.errors import ErrorCode, TunnelError
 from quictunnel.wire.frames import RequestHead
@@ -48,6 +49,8 @@ class ProxyEntry:
         visitor.request_id = f"{self._id_prefix}{self._count:x}"
         try:
             tunnel = self._route(head, visitor.tunnel_header)
+            if head.method == b"CONNECT" and not tunnel.offers(CONNECT_CAPABILITY):
+                raise TunnelError(ErrorCode.NOT_IMPLEMENTED, "CONNECT is not offered here.")
             leg = StreamLeg(self._budget, HEAD_LIMIT, is_opener=True)
             self._registry.dispatch(tunnel, leg, self._clock())
         except TunnelError as error:
@@ -79,7 +82,8 @@ class ProxyEntry:
 
     def _route(self, head: RequestHead, tunnel_header: bytes) -> Tunnel:
         """The tunnel of a request: by host, then by X-Tunnel-Session, then the only one. Raises TunnelError."""
-        label: str = self._label_of(head.authority)
+        # The host of a CONNECT is where its bytes are to go in the end, not who is to take them there.
+        label: str = "" if head.method == b"CONNECT" else self._label_of(head.authority)
         if label:
             return self._named(label)
         if tunnel_header:

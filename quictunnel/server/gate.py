@@ -99,6 +99,7 @@ class Gate(LinkOwner):
         except TunnelError as error:
             self._refuse(link, Refuse("limit", error.details, final=False, retry_after=5.0))
             return
+        session.capabilities = frozenset(hello.capabilities)
         self.on_accepted(link)
         urls = self._public_urls(name)
         link.send_control(Welcome(name, urls, self._registry.limits.max_links, f"quictunnel/{__version__}"))

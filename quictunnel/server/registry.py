@@ -40,6 +40,7 @@ class Session:
 
     __slots__ = (
         "agent",
+        "capabilities",
         "grant",
         "id",
         "in_flight",
@@ -58,6 +59,7 @@ class Session:
         self.tunnel = tunnel
         self.grant = grant
         self.agent = agent
+        self.capabilities: frozenset[str] = frozenset()  # what its client said it can and will do
         self.since = since
         self.links: dict[int, Link] = {}
         self.lingering: set[Link] = set()  # replaced or retired, their exchanges still count
@@ -152,6 +154,10 @@ class Tunnel:
                 if link is not None:
                     best = session, link
         return best
+
+    def offers(self, capability: str) -> bool:
+        """Whether each of its clients does what the word stands for, so that any of them may be chosen."""
+        return bool(self.sessions) and all(capability in each.capabilities for each in self.sessions.values())
 
     def is_served(self) -> bool:
         """Whether a client is there that was heard lately."""

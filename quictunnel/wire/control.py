@@ -23,6 +23,7 @@ from quictunnel.wire.codec import FrameType, pull_varint, push_varint
 from quictunnel.wire.errors import ProtocolError
 
 __all__ = [
+    "CONNECT_CAPABILITY",
     "VERSION",
     "Authority",
     "ControlDecoder",
@@ -39,6 +40,9 @@ __all__ = [
 ]
 
 VERSION: Final = 1
+CONNECT_CAPABILITY: Final = "connect"
+"in a hello: CONNECT requests may be sent to this client, whose backend is a proxy"
+
 MESSAGE_LIMIT: Final = 65536
 "bytes of one control message"
 

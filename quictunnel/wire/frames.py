@@ -4,18 +4,22 @@
     response   ResponseHead(1xx)*  ResponseHead  Data*  End
 
 The response's End ends the exchange, whether or not the request's End has passed: an answer may end before the upload
-has. After a ResponseHead with status 101 the bytes are opaque both ways and the exchange ends with the second End.
+has. After a ResponseHead with status 101 the bytes are opaque both ways and the exchange ends with the second End; a
+CONNECT (RFC 9110 section 9.3.6) is a request for the protocol ``connect``, and any 2xx answer to it is that 101.
 
 Fields are a list of ``(name, value)`` in their order, names in lower case, values byte-exact. They hold no
 pseudo-header fields, no ``host`` (that is ``authority``) and nothing hop-by-hop; ``content-length`` is there when a
 length was announced.
 """
 
-from typing import NamedTuple, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
-__all__ = ["Data", "End", "Fields", "Frame", "RequestHead", "ResponseHead"]
+__all__ = ["CONNECT", "Data", "End", "Fields", "Frame", "RequestHead", "ResponseHead"]
 
 Fields: TypeAlias = list[tuple[bytes, bytes]]
+
+CONNECT: Final = b"connect"
+"the ``protocol`` of a CONNECT request: its success is carried as a switch to it, as a 101"
 
 
 class RequestHead(NamedTuple):
@@ -29,7 +33,7 @@ class RequestHead(NamedTuple):
     "the Host the visitor asked for, byte-exact; empty if HTTP/1.0 gave none"
 
     target: bytes
-    "origin-form or ``*``, byte-exact, never normalised"
+    "origin-form or ``*``, byte-exact, never normalised; authority-form for CONNECT"
 
     fields: Fields
 

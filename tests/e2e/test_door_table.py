@@ -652,8 +652,8 @@ REFUSED = [
         asterisk_of_PRI=b"PRI * HTTP/1.1",
         comma=b"GET,POST / HTTP/1.1",
     ),
-    Refused("method: CONNECT", line(b"CONNECT a:80 HTTP/1.1"), "RFC 9110 9.3.6", 501),
-    Refused("method: CONNECT of a path", line(b"CONNECT / HTTP/1.1"), "RFC 9110 9.3.6", 501),
+    Refused("method: CONNECT elsewhere", line(b"CONNECT a:80 HTTP/1.1"), "RFC 9112 3.2.3"),
+    Refused("method: CONNECT of a path", line(b"CONNECT / HTTP/1.1"), "RFC 9112 3.2.3"),
     Refused("method: TRACE that goes no further", line(b"TRACE / HTTP/1.1\r\nMax-Forwards: 0"), "RFC 9110 7.6.2", 501),
     Refused(
         "method: OPTIONS that goes no further", line(b"OPTIONS * HTTP/1.1\r\nMax-Forwards: 0"), "RFC 9110 7.6.2", 501
