@@ -42,6 +42,9 @@ _HEADERS: Final = int(FrameType.HEADERS)
 # What a frame of an unknown type, or a control frame on an exchange's stream, may announce before it is an attack.
 _SKIP_LIMIT: Final = 1 << 20
 
+# A field section that is no larger cannot become more than some 400 kB: an index of one byte stands for 100 at most.
+_SMALL_SECTION: Final = 4096
+
 EMPTY_DATA: Final = b"\x00\x00"
 
 # Each section is complete in itself (dynamic table capacity 0), so one encoder and one decoder serve every stream.
@@ -126,13 +129,30 @@ class _State(IntEnum):
 class StreamDecoder:
     """One direction of one stream: bytes in, frames out, and for any garbage a ProtocolError."""
 
-    __slots__ = ("_buffer", "_held", "_is_request", "_left", "_limit", "_skip", "_state", "_trailers")
+    __slots__ = (
+        "_buffer",
+        "_held",
+        "_is_request",
+        "_left",
+        "_limit",
+        "_room",
+        "_skip",
+        "_state",
+        "_trailers",
+        "_wanted",
+    )
 
     def __init__(self, *, is_request: bool, head_limit: int) -> None:
-        """``head_limit`` bounds an encoded field section, in bytes: nothing larger is ever collected."""
+        """``head_limit`` bounds an encoded field section, in bytes: nothing larger is ever collected.
+
+        It also bounds what a section is when it is decoded, and all heads of a response together: no credit holds
+        those back.
+        """
         self._is_request = is_request
         self._limit = head_limit
-        self._buffer = b""
+        self._room = head_limit  # for heads
+        self._buffer = bytearray()
+        self._wanted = 0  # how much the buffer must hold before it is worth another look
         self._state = _State.HEAD
         self._left = 0  # bytes missing of the DATA frame under way
         self._skip = 0  # bytes missing of an unknown frame under way
@@ -143,8 +163,13 @@ class StreamDecoder:
         """The frames that ``data`` completes. Raises ProtocolError; feed nothing more after it."""
         frames: list[Frame] = []
         if self._buffer:
-            data = self._buffer + data
-            self._buffer = b""
+            self._buffer += data
+            if len(self._buffer) < self._wanted:
+                if fin:
+                    self._finish(frames)
+                return frames
+            data = bytes(self._buffer)
+            self._buffer.clear()
         position = 0
         size = len(data)
         while position < size:
@@ -162,14 +187,16 @@ class StreamDecoder:
             kind, after = pull_varint(data, position)
             length, start = pull_varint(data, after) if after >= 0 else (0, -1)
             if start < 0:
-                self._buffer = data[position:]
+                self._buffer += data[position:]
+                self._wanted = 0
                 break
             if kind == _HEADERS:
                 if length > self._limit:
                     raise ProtocolError(f"a field section of {length} bytes is over the limit of {self._limit}")
                 end = start + length
                 if end > size:
-                    self._buffer = data[position:]
+                    self._buffer += data[position:]
+                    self._wanted = end - position
                     break
                 self._headers(data[start:end], frames)
                 position = end
@@ -195,6 +222,10 @@ class StreamDecoder:
             raise ProtocolError("a field section refers to a dynamic table") from None
         except (pylsqpack.DecompressionFailed, ValueError) as error:
             raise ProtocolError(f"a field section cannot be decoded: {error}") from None
+        if len(payload) > _SMALL_SECTION:
+            decoded = sum(len(name) + len(value) for name, value in fields)
+            if decoded > self._limit:
+                raise ProtocolError(f"a field section of {decoded} bytes is over the limit of {self._limit}")
         if self._state is _State.HEAD:
             if self._is_request:
                 self._held = _request_head(fields)
@@ -203,6 +234,10 @@ class StreamDecoder:
                 response = _response_head(fields)
                 if response.status >= 200 or response.status == 101:
                     self._state = _State.BODY
+                else:
+                    self._room -= len(payload)
+                    if self._room < 0:
+                        raise ProtocolError("the informational heads are over the limit")
                 frames.append(response)
         elif self._state is _State.BODY and self._trailers is None:
             if any(name[:1] == b":" for name, _ in fields):
@@ -257,10 +292,11 @@ def _request_head(fields: Fields) -> RequestHead:
                 del rest[0]
             if scheme not in (b"http", b"https"):
                 raise ProtocolError("a request's :scheme is neither http nor https")
-            if method and target:
+            # In absolute-form a backend that is also a proxy would go elsewhere.
+            if method and (target[:1] == b"/" or target == b"*"):
                 _check_names(rest)
                 return RequestHead(method, scheme, authority, target, rest, False, protocol)
-    raise ProtocolError("a request needs :method, :scheme, :authority and :path, in this order")
+    raise ProtocolError("a request needs :method, :scheme, :authority and an absolute :path or *, in this order")
 
 
 def _response_head(fields: Fields) -> ResponseHead:

@@ -1,3 +1,4 @@
+import time
 from contextlib import suppress
 from itertools import pairwise
 
@@ -28,7 +29,7 @@ requests = st.builds(
     st.sampled_from([b"GET", b"POST", b"brew"]),
     st.sampled_from([b"http", b"https"]),
     st.binary(max_size=20),
-    st.binary(min_size=1, max_size=40),
+    st.binary(max_size=40).map(lambda path: b"/" + path) | st.just(b"*"),
     fields,
     st.booleans(),
     st.sampled_from([b"", b"websocket"]),
@@ -177,3 +178,90 @@ def test_a_fin_after_the_end_changes_nothing() -> None:
     decoder = StreamDecoder(is_request=False, head_limit=LIMIT)
     assert decoder.feed(HEAD, True) == [ResponseHead(200, []), End()]
     assert decoder.feed(b"", True) == []
+
+
+# What a peer can make a decoder hold and do
+
+
+def outcome(data: bytes, *, is_request: bool, cuts: list[int]) -> tuple[list[Frame], str]:
+    """The frames before an error, those of the piece that it came in left out, and the error."""
+    decoder = StreamDecoder(is_request=is_request, head_limit=LIMIT)
+    frames: list[Frame] = []
+    edges = sorted({cut % (len(data) + 1) for cut in cuts} | {0, len(data)})
+    try:
+        for start, end in pairwise(edges):
+            frames += decoder.feed(data[start:end], False)
+        frames += decoder.feed(b"", True)
+    except ProtocolError as error:
+        return merged(frames), str(error)
+    return merged(frames), ""
+
+
+messy = st.lists(
+    st.one_of(
+        responses.map(encode_head),
+        requests.map(encode_head),
+        fields.map(encode_trailers),
+        st.binary(max_size=30).map(lambda part: encode_data(part) + part),
+        st.binary(max_size=12),
+        st.binary(max_size=20).map(lambda part: push_varint(0x21) + push_varint(len(part)) + part),
+    ),
+    max_size=6,
+).map(b"".join)
+
+
+@given(messy, st.booleans(), st.lists(st.integers(0, 10_000), max_size=12))
+def test_what_is_wrong_is_as_wrong_however_its_bytes_are_split(data: bytes, is_request: bool, cuts: list[int]) -> None:
+    whole, error = outcome(data, is_request=is_request, cuts=[])
+    split, split_error = outcome(data, is_request=is_request, cuts=cuts)
+    single, single_error = outcome(data, is_request=is_request, cuts=list(range(len(data))))
+    assert error == split_error == single_error
+    if not error:
+        assert whole == split == single
+
+
+@given(messy, st.booleans())
+def test_nothing_more_is_kept_than_the_frame_that_is_not_whole(data: bytes, is_request: bool) -> None:
+    decoder = StreamDecoder(is_request=is_request, head_limit=100)
+    with suppress(ProtocolError):
+        for at in range(len(data)):
+            decoder.feed(data[at : at + 1], False)
+            assert len(decoder._buffer) <= 100 + 16
+
+
+def test_head_that_comes_byte_by_byte_costs_no_more_than_its_bytes() -> None:
+    def seconds(size: int) -> float:
+        data = push_varint(FrameType.HEADERS) + push_varint(size) + bytes(size)
+        decoder = StreamDecoder(is_request=False, head_limit=1 << 18)
+        began = time.perf_counter()
+        for at in range(len(data) - 1):
+            decoder.feed(data[at : at + 1], False)
+        return time.perf_counter() - began
+
+    # Eight times the bytes: 64 times the work if each byte copied what is there.
+    assert min(seconds(1 << 18) for _ in range(2)) < 24 * min(seconds(1 << 15) for _ in range(3))
+
+
+def test_section_that_is_small_and_decodes_to_megabytes_is_refused() -> None:
+    # Static index 57: strict-transport-security with a long value, in one byte.
+    data = push_varint(FrameType.HEADERS) + push_varint(50_003) + b"\x00\x00\xd9" + b"\xf9" * 50_000
+    with pytest.raises(ProtocolError, match="over the limit"):
+        StreamDecoder(is_request=False, head_limit=LIMIT).feed(data, False)
+
+
+def test_informational_heads_have_room_for_one_head_together() -> None:
+    decoder = StreamDecoder(is_request=False, head_limit=LIMIT)
+    interim = encode_head(ResponseHead(103, [(b"link", b"x" * 4000)]))
+    with pytest.raises(ProtocolError, match="informational"):
+        for _ in range(1000):
+            assert decoder.feed(interim, False)
+    heartbeat = encode_head(ResponseHead(102, []))
+    decoder = StreamDecoder(is_request=False, head_limit=LIMIT)
+    for _ in range(1000):
+        assert decoder.feed(heartbeat, False) == [ResponseHead(102, [])]
+
+
+@pytest.mark.parametrize("target", [b"http://elsewhere.example/", b"elsewhere.example:80", b"x", b"*x", b"", b" /"])
+def test_path_is_absolute_or_a_star(target: bytes) -> None:
+    with pytest.raises(ProtocolError, match="absolute"):
+        decode(encode_head(RequestHead(b"GET", b"http", b"a", target, [])), is_request=True)
