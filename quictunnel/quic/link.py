@@ -13,9 +13,18 @@ from typing import Any, Final
 
 from loguru import logger
 
-from quictunnel.quic.engine import Connection, Engine
+from quictunnel.log import escape
+from quictunnel.quic.engine import STREAM_OVER, Connection, Engine
 from quictunnel.quic.stream import StreamLeg
-from quictunnel.wire.control import ControlDecoder, ControlMessage, Credit, Unknown, encode_control, encode_credit
+from quictunnel.wire.control import (
+    ControlDecoder,
+    ControlMessage,
+    Credit,
+    Strange,
+    Unknown,
+    encode_control,
+    encode_credit,
+)
 from quictunnel.wire.credit import WindowBudget
 from quictunnel.wire.errors import ErrorCode, ProtocolError, TunnelError
 from quictunnel.wire.frames import RequestHead
@@ -28,12 +37,27 @@ SLOTS: Final = 100
 SUSPECT_AFTER: Final = 4.0
 "seconds of silence, on either end, after which another link is preferred: more than two pings of a client are missing"
 
+STALL_TIME: Final = 300.0
+"seconds in which a receiver may grant nothing to what waits for its credit; a visitor has as long to take an answer"
+
 # A link asks for the round trip this often while credit is granted on it, in seconds.
 _PROBE_EVERY: Final = 1.0
 
 # So many small frames fill a packet. Waiting for more in a long turn saves nothing, and keeps the other end idle until
 # all are there: both ends would take turns instead of working side by side.
 _BURST: Final = 8
+
+_CONTROL_LIMIT: Final = 256 * 1024
+"bytes of control messages that wait for the peer to read: far more than hours of credit are"
+
+# Each control message costs as much as a packet, and a packet holds eighty. An honest end says a handful in a minute,
+# and one for each link when a load begins. CREDIT is not counted: it is cheap, and there is some for every 128 KiB.
+_CONTROL_BURST: Final = 256
+_CONTROL_RATE: Final = 10.0
+"a second"
+
+_REASON_LIMIT: Final = 200
+"characters of the peer's last words that are passed on"
 
 HEAD_LIMIT: Final = 256 * 1024
 "bytes of an encoded field section; the HTTP legs have limits of their own, far below"
@@ -107,10 +131,13 @@ class Link:
         self._loop = asyncio.get_running_loop()
         self._control_in = ControlDecoder()
         self._control_out: list[bytes] = []
+        self._control_room = float(_CONTROL_BURST)  # for messages of the peer's
+        self._control_at = self._loop.time()
         self._legs: dict[int, StreamLeg] = {}
         # Streams that ended here before the peer had ended its direction: what still comes on them opens nothing. At
         # most as many as the peer may have open.
         self._deaf: set[int] = set()
+        self._stalled: dict[StreamLeg, float] = {}  # those that wait for credit, since when
         self._opened = 0
         self._allowed = 0  # how many the peer allows, as far as we last looked
         self._starved = False  # it allowed no more when we did
@@ -201,6 +228,20 @@ class Link:
             self.ping()
         self.schedule()
 
+    def stalled(self, leg: StreamLeg) -> None:
+        """From now on ``leg`` waits for the peer's credit."""
+        self._stalled[leg] = self._loop.time()
+
+    def moves(self, leg: StreamLeg) -> None:
+        """``leg`` waits no longer."""
+        self._stalled.pop(leg, None)
+
+    def end_stalled(self) -> None:
+        """End the exchanges that have waited too long for the peer's credit; called every second or two."""
+        late = self._loop.time() - STALL_TIME
+        for leg in [leg for leg, since in self._stalled.items() if since < late]:
+            leg.stalled_too_long()
+
     def ping(self) -> None:
         """Ask for a sign of life; ``round_trip`` and ``heard_at`` change when it comes."""
         if self.closed is not None or not self.ready:
@@ -220,11 +261,7 @@ class Link:
         """End the link now: what is under way on it is aborted."""
         if self.closed is None:
             self.flush()  # what was said before the end is still sent
-            try:
-                self._connection.close(error_code=code, reason_phrase=reason)
-            except Exception as error:
-                logger.debug("= {!r}: close: {!r}", self, error)
-            self._lost(LinkClosed(code, reason))
+            self._end(code, reason)
             self.flush()
 
     def abandon(self, why: LinkClosed) -> None:
@@ -255,19 +292,19 @@ class Link:
 
     def cut_stream(self, stream_id: int, code: int, *, sending: bool, receiving: bool) -> None:
         """RESET_STREAM and STOP_SENDING, where those directions are still open."""
-        # The libraries refuse, each in its own way, for a direction that has ended in the meantime: it then needs
-        # nothing more.
+        # The libraries refuse for a direction that has ended in the meantime: it then needs nothing more.
         if sending:
-            with suppress(AssertionError, ValueError, RuntimeError):
+            with suppress(*STREAM_OVER):
                 self._connection.reset_stream(stream_id, code)
         if receiving:
-            with suppress(AssertionError, ValueError, RuntimeError):
+            with suppress(*STREAM_OVER):
                 self._connection.stop_stream(stream_id, code)
         self.schedule()
 
     def release(self, leg: StreamLeg) -> None:
         """``leg`` has ended: its slot is free."""
         self._legs.pop(leg.stream_id, None)
+        self._stalled.pop(leg, None)
         if self.is_client:
             if leg.may_receive:
                 self._deaf.add(leg.stream_id)
@@ -299,13 +336,27 @@ class Link:
                 for leg in dirty:
                     leg.flush(connection)
             if self._control_out and self.ready:
-                connection.send_stream_data(0, b"".join(self._control_out))
-                self._control_out.clear()
+                self._flush_control()
         now = self._loop.time()
         send = self._send
         for data, address in connection.datagrams_to_send(now=now):
             send(data, address)
         self._arm(connection.get_timer(), now)
+
+    def _flush_control(self) -> None:
+        data = b"".join(self._control_out)
+        self._control_out.clear()
+        try:
+            self._connection.send_stream_data(0, data)
+        except STREAM_OVER:
+            self._end(ErrorCode.FRAME_ERROR, "the control stream was cut")
+            return
+        if self.queued(0) > _CONTROL_LIMIT:
+            self._end(ErrorCode.FRAME_ERROR, "the control stream is not read")
+
+    def queued(self, stream_id: int) -> int:
+        """Bytes written to a stream that have not left yet."""
+        return self._connection.get_send_buffer_size(stream_id)
 
     def _arm(self, at: float | None, now: float) -> None:
         # Every packet moves the library's timer, nearly always to later: a handle that fires too early asks again,
@@ -377,7 +428,8 @@ class Link:
             elif kind is events.ConnectionIdRetired:
                 self.on_connection_id(self, event.connection_id, False)
             elif kind is events.ConnectionTerminated:
-                self._lost(LinkClosed(event.error_code, event.reason_phrase))
+                # The peer's words are bound for logs and terminals.
+                self._lost(LinkClosed(event.error_code, escape(event.reason_phrase[:_REASON_LIMIT])))
                 self._terminate()
                 return
 
@@ -406,6 +458,10 @@ class Link:
         leg = self._legs.get(stream_id)
         if leg is not None:
             leg.cut_received(code, was_reset)
+        elif stream_id & 3 != 1:
+            what = f"stream {stream_id} must not be opened by the peer" if stream_id else "the control stream was cut"
+            self._control_out.clear()  # the library takes no more for a stream that its peer has stopped
+            self.close(ErrorCode.FRAME_ERROR, what)
         elif was_reset:
             self._deaf.discard(stream_id)
 
@@ -422,17 +478,21 @@ class Link:
                 leg = self._legs.get(message.stream)
                 if leg is not None:
                     leg.credit_received(message.limit)
-            elif type(message) is Unknown:
-                self._answer_unknown(message)
+            elif self._too_many():
+                self.close(ErrorCode.FRAME_ERROR, "too many control messages")
+            elif type(message) is Strange:
+                logger.debug("= {!r}: control message of unknown type {!r}", self, message.of)
+                self.send_control(Unknown(message.of))
             else:
                 self.owner.link_control(self, message)  # type: ignore[arg-type]
         if fin:
             self.close(ErrorCode.FRAME_ERROR, "the control stream was ended")
 
-    def _answer_unknown(self, message: Unknown) -> None:
-        # Never answer an answer: its type is known to both.
-        logger.debug("= {!r}: control message of unknown type {!r}", self, message.of)
-        self.send_control(message)
+    def _too_many(self) -> bool:
+        now = self._loop.time()
+        self._control_room = min(_CONTROL_BURST, self._control_room + (now - self._control_at) * _CONTROL_RATE) - 1
+        self._control_at = now
+        return self._control_room < 0
 
     def _ping_acknowledged(self, uid: int) -> None:
         then = self._pings.pop(uid, None)
@@ -442,6 +502,15 @@ class Link:
             self.round_trip = sample if self.round_trip is None else 0.75 * self.round_trip + 0.25 * sample
 
     # Ending
+
+    def _end(self, code: int, reason: str) -> None:
+        if self.closed is None:
+            try:
+                self._connection.close(error_code=code, reason_phrase=reason)
+            except Exception as error:
+                logger.debug("= {!r}: close: {!r}", self, error)
+            self._lost(LinkClosed(code, reason))
+            self.schedule()
 
     def _broken(self, error: Exception) -> None:
         if isinstance(error, self.engine.connection_error):

@@ -9,6 +9,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from quictunnel.exchange import Leg
+from quictunnel.quic.engine import STREAM_OVER
 from quictunnel.wire.codec import EMPTY_DATA, StreamDecoder, encode_data, encode_head, encode_trailers
 from quictunnel.wire.credit import ReceiveCredit, SendCredit, WindowBudget
 from quictunnel.wire.errors import ErrorCode, ProtocolError, TunnelError
@@ -119,6 +120,8 @@ class StreamLeg(Leg):
     def attached(self, link: "Link") -> None:
         """A slot of ``link`` is this leg's."""
         self.link = link
+        if self._peer_paused:
+            link.stalled(self)
         if self._out:
             self._dirty = True
             link.wake(self)
@@ -138,7 +141,7 @@ class StreamLeg(Leg):
             return
         try:
             connection.send_stream_data(self.stream_id, data, fin)
-        except (AssertionError, ValueError, RuntimeError):
+        except STREAM_OVER:
             # The peer's STOP_SENDING has closed the direction and its event is still to come, or never will.
             self._fail(TunnelError(ErrorCode.CONNECTION_TERMINATED))
 
@@ -165,7 +168,8 @@ class StreamLeg(Leg):
         while position < size:
             step = credit.spend(min(size - position, _DATA_LIMIT))
             if not step:
-                self._held.appendleft(Data(data[position:]))
+                # A view: a receiver that grants byte after byte must not cost a copy of the rest each time.
+                self._held.appendleft(Data(memoryview(data)[position:]))  # type: ignore[arg-type]
                 return
             chunk = data[position : position + step]
             self._out.append(encode_data(chunk))
@@ -184,6 +188,8 @@ class StreamLeg(Leg):
     def _wake(self) -> None:
         if self._held and not self._peer_paused:
             self._peer_paused = True
+            if self.link is not None:
+                self.link.stalled(self)
             self.peer.pause()
         if not self._dirty and self.link is not None:
             self._dirty = True
@@ -193,21 +199,37 @@ class StreamLeg(Leg):
         """The receiver of our direction can take bytes up to ``limit``."""
         if self._send_credit is None:
             self._send_credit = SendCredit()
-        if not self._send_credit.raise_limit(limit):
+        link = self.link
+        queued = 0 if link is None or self.stream_id < 0 else link.queued(self.stream_id)
+        if not self._send_credit.raise_limit(limit, queued):
             return
         held = self._held
         while held:
             frame = held.popleft()
             if type(frame) is End:
+                if link is not None:
+                    link.moves(self)
                 self._send_end(frame)
                 return
             self._send_data(frame.data)  # type: ignore[union-attr]
             if self._send_credit.sent >= self._send_credit.limit:
                 break
         self._wake()
-        if self._peer_paused and not held:
-            self._peer_paused = False
-            self.peer.resume()
+        if self._peer_paused:
+            if held and link is not None:
+                link.stalled(self)
+            elif not held:
+                self._resume_peer()
+
+    def stalled_too_long(self) -> None:
+        """The receiver of our direction has taken nothing of what waits for it."""
+        self._fail(TunnelError(ErrorCode.HTTP_RESPONSE_TIMEOUT, "the receiver takes no more"))
+
+    def _resume_peer(self) -> None:
+        self._peer_paused = False
+        if self.link is not None:
+            self.link.moves(self)
+        self.peer.resume()
 
     # Receiving
 
@@ -272,12 +294,12 @@ class StreamLeg(Leg):
         else:
             self._stop_sending()
         if code == ErrorCode.NO_ERROR:
-            # The peer has all that it needs of our direction (RFC 9114 section 4.1); the other one goes on to its end.
-            if not self.may_send and not self.may_receive:
+            # The peer has all that it needs of our direction (RFC 9114 section 4.1), or gives up its request; the
+            # other direction goes on to its end. An answer that is given up will have none.
+            if (was_reset and self._is_opener) or not (self.may_send or self.may_receive):
                 self._fail(TunnelError(ErrorCode.CONNECTION_TERMINATED))
             elif self._peer_paused:
-                self._peer_paused = False
-                self.peer.resume()
+                self._resume_peer()
             return
         self._fail(TunnelError.from_wire(code))
 

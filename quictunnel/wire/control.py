@@ -33,6 +33,7 @@ __all__ = [
     "Grow",
     "Hello",
     "Refuse",
+    "Strange",
     "Unknown",
     "Welcome",
     "encode_control",
@@ -133,6 +134,13 @@ class Unknown:
 
 
 @dataclass(frozen=True, slots=True)
+class Strange:
+    """A message whose type is not known, as it comes in; it is answered with ``Unknown``, and that never is."""
+
+    of: str
+
+
+@dataclass(frozen=True, slots=True)
 class Credit:
     """A stream's new limit, in body bytes from its direction's start."""
 
@@ -145,11 +153,18 @@ ControlMessage: TypeAlias = Hello | Welcome | Refuse | Grow | Drain | Authority 
 _TYPES: Final[dict[str, type[Any]]] = {
     kind.type: kind for kind in (Hello, Welcome, Refuse, Grow, Drain, Authority, Unknown)
 }
+
+
+def _is_text(value: str) -> bool:
+    """Whether it has no lone surrogates, which JSON can write and nothing else can."""
+    return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 _CHECKS: Final[dict[Any, Any]] = {
     int: lambda value: type(value) is int and 0 <= value < 2**62,
-    str: lambda value: type(value) is str,
+    str: lambda value: type(value) is str and _is_text(value),
     bool: lambda value: type(value) is bool,
-    list[str]: lambda value: type(value) is list and all(type(item) is str for item in value),
+    list[str]: lambda value: type(value) is list and all(type(item) is str and _is_text(item) for item in value),
     float | None: lambda value: value is None or (type(value) in (int, float) and 0 <= value < 1e9),
 }
 
@@ -169,16 +184,23 @@ def encode_credit(stream: int, limit: int) -> bytes:
 class ControlDecoder:
     """Bytes of a control stream in, messages out, and for any garbage a ProtocolError."""
 
-    __slots__ = ("_buffer",)
+    __slots__ = ("_buffer", "_wanted")
 
     def __init__(self) -> None:
-        self._buffer = b""
+        self._buffer = bytearray()
+        self._wanted = 0  # how much the buffer must hold before it is worth another look
 
-    def feed(self, data: bytes) -> list[ControlMessage | Credit]:
-        """The messages that ``data`` completes; one of an unknown type comes as ``Unknown``. Raises ProtocolError."""
-        messages: list[ControlMessage | Credit] = []
-        data = self._buffer + data if self._buffer else data
+    def feed(self, data: bytes) -> list[ControlMessage | Credit | Strange]:
+        """The messages that ``data`` completes; one of an unknown type comes as ``Strange``. Raises ProtocolError."""
+        messages: list[ControlMessage | Credit | Strange] = []
+        if self._buffer:
+            self._buffer += data
+            if len(self._buffer) < self._wanted:
+                return messages
+            data = bytes(self._buffer)
+            self._buffer.clear()
         position = 0
+        self._wanted = 0
         while position < len(data):
             kind, after = pull_varint(data, position)
             length, start = pull_varint(data, after) if after >= 0 else (0, -1)
@@ -188,13 +210,14 @@ class ControlDecoder:
                 raise ProtocolError(f"a control frame of {length} bytes is over the limit of {MESSAGE_LIMIT}")
             end = start + length
             if end > len(data):
+                self._wanted = end - position
                 break
             if kind == FrameType.CREDIT:
                 messages.append(_credit(data[start:end]))
             elif kind == FrameType.CONTROL:
                 messages.append(_message(data[start:end]))
             position = end
-        self._buffer = data[position:]
+        self._buffer += data[position:]
         return messages
 
 
@@ -206,16 +229,16 @@ def _credit(payload: bytes) -> Credit:
     return Credit(stream, limit)
 
 
-def _message(payload: bytes) -> ControlMessage:
+def _message(payload: bytes) -> ControlMessage | Strange:
     try:
-        value = json.loads(payload)
+        value = json.loads(payload.decode())  # of bytes it would guess the encoding
     except (ValueError, RecursionError):
         raise ProtocolError("a control message is not JSON") from None
-    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
+    if not isinstance(value, dict) or not _CHECKS[str](value.get("type")):
         raise ProtocolError("a control message is not an object with a type")
     kind = _TYPES.get(value["type"])
     if kind is None:
-        return Unknown(value["type"][:64])
+        return Strange(value["type"][:64])
     known: dict[str, Any] = {}
     for each in fields(kind):
         if each.name in value:

@@ -60,13 +60,16 @@ class SendCredit:
         self.sent += size
         return size
 
-    def raise_limit(self, limit: int) -> bool:
+    def raise_limit(self, limit: int, queued: int = 0) -> bool:
         """Take the receiver's word for a new limit; whether more may be sent than before.
 
         A limit never falls (RFC 9000 section 4.1), and one that is absurdly far ahead counts only up to the largest
-        window: the receiver's word must not make this side buffer without bound.
+        window: the receiver's word must not make this side buffer without bound. ``queued`` are the bytes, layout
+        included, that count as sent and have not left: nobody can have taken them, so nobody can grant more for them.
         """
-        limit = min(limit, self.sent + MAXIMUM_WINDOW)
+        # A DATA frame of one byte takes three: at least a third of what is queued is body, and no limit that an honest
+        # receiver names is ever cut.
+        limit = min(limit, self.sent - queued // 3 + MAXIMUM_WINDOW)
         if limit <= self.limit:
             return False
         self.limit = limit

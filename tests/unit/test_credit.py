@@ -92,3 +92,28 @@ def test_no_more_is_under_way_than_the_window(steps: list[tuple[int, bool]], tot
             if limit is not None:
                 sender.raise_limit(limit)
     assert budget.total - budget.left == receiver.window - INITIAL_WINDOW
+
+
+def test_limit_counts_from_what_has_left_and_not_from_what_was_written() -> None:
+    credit = SendCredit()
+    assert credit.raise_limit(2**62 - 1, 0)
+    assert credit.spend(2**40) == MAXIMUM_WINDOW
+    assert not credit.raise_limit(2**62 - 1, 3 * MAXIMUM_WINDOW)
+    assert credit.raise_limit(2**62 - 1, MAXIMUM_WINDOW)
+    assert credit.limit < 2 * MAXIMUM_WINDOW
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=50), st.data())
+def test_limit_of_an_honest_receiver_is_never_cut(sizes: list[int], data: st.DataObject) -> None:
+    """However small the frames are that wait, and whatever of them has left: what can be taken has left."""
+    credit = SendCredit()
+    credit.limit = 2**40
+    for size in sizes:
+        credit.spend(size)
+    layout = [size + 2 for size in sizes]
+    left = data.draw(st.integers(0, len(sizes)))
+    queued = sum(layout[left:])
+    credit.limit = 0
+    honest = sum(sizes[:left]) + MAXIMUM_WINDOW
+    assert credit.raise_limit(honest, queued)
+    assert credit.limit == honest
