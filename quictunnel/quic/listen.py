@@ -30,6 +30,10 @@ RETRY_MODES: Final = ("auto", "always", "never")
 # aioquic's door are 88 kB of memory and three times the bytes back for each unproved one.
 _HALF_OPEN_BEFORE_RETRY: Final = 64
 
+# Whatever the mode, so many at most: some 100 MB. A flood from addresses that are not proved, or from a host that
+# proves its own again and again, makes the oldest go first: a client that is quick still gets in.
+_HALF_OPEN_LIMIT: Final = 1024
+
 _SMALLEST_INITIAL: Final = 1200
 "bytes (RFC 9000 section 14.1)"
 
@@ -157,6 +161,8 @@ class LinkListener(asyncio.DatagramProtocol):
             except ValueError:
                 return
             retry_cid = header.destination_cid
+        if len(self._half_open) >= _HALF_OPEN_LIMIT:
+            self._drop(next(iter(self._half_open)), "too many handshakes are under way")
         link = Link(
             self.engine,
             self.engine.accept(self._configuration, original_cid, retry_cid),
@@ -200,18 +206,22 @@ class LinkListener(asyncio.DatagramProtocol):
 
     def _sweep(self) -> None:
         self._sweeper = self._loop.call_later(1.0, self._sweep)
+        for link in self.links:
+            link.end_stalled()
         late = self._loop.time() - HANDSHAKE_TIME
         for link, since in list(self._half_open.items()):
             if since > late:
                 break
-            del self._half_open[link]
-            why = "no hello came in time"
-            if link.ready:
-                link.close(ErrorCode.REQUEST_TIMEOUT, why)
-            else:
-                # In silence: a goodbye to an address that isn't proved could be more than it may be sent (RFC 9000
-                # section 8.1).
-                link.abandon(LinkClosed(ErrorCode.REQUEST_TIMEOUT, why))
+            self._drop(link, "no hello came in time")
+
+    def _drop(self, link: Link, why: str) -> None:
+        """Give up a link that has not proved itself."""
+        if link.ready:
+            link.close(ErrorCode.REQUEST_TIMEOUT, why)
+        # In silence where the address isn't proved: a goodbye could be more than may be sent there (RFC 9000 section
+        # 8.1). And at once: what is left of a connection that says goodbye is as large as a live one.
+        link.abandon(LinkClosed(ErrorCode.REQUEST_TIMEOUT, why))
+        self._half_open.pop(link, None)
 
     def _send(self, data: bytes, address: Any) -> None:
         transport = self._transport

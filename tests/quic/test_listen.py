@@ -1,72 +1,15 @@
 """The server's UDP door: address checks, versions, garbage, and handshakes that lead nowhere."""
 
 import asyncio
-import random
-from collections.abc import Callable, Coroutine
-from typing import Any
 
 import pytest
 
 from quictunnel.quic.engine import ClientTrust, ServerIdentity, parse_long_header, select_engine
-from quictunnel.quic.link import Link, LinkClosed
+from quictunnel.quic.link import LinkClosed
 from quictunnel.quic.listen import HANDSHAKE_TIME, LinkListener
-from quictunnel.wire.frames import Data, End, RequestHead, ResponseHead
 from tests.support.clock import run
-from tests.support.memory import SERVER, Network, identity, opened
-
-STRANGER = ("192.0.2.9", 4242)
-GET = RequestHead(b"GET", b"http", b"app.localhost", b"/", [])
-
-
-class Door(Network):
-    """A listener before strangers too: what is sent to anybody else than a client is kept."""
-
-    def __init__(self, server_engine: str, client_engine: str = "", *, retry: str = "auto") -> None:
-        super().__init__(server_engine, client_engine or server_engine, retry=retry)
-        self.replies: list[bytes] = []
-        self.listener._sweep()
-
-    def _to_client(self, data: bytes, address: Any) -> None:
-        if tuple(address[:2]) in self.clients:
-            super()._to_client(data, address)
-        else:
-            self.replies.append(data)
-
-    def knock(self, *datagrams: bytes, address: tuple[str, int] = STRANGER) -> list[bytes]:
-        """Hand datagrams of a stranger's to the listener; what it answered at once."""
-        before = len(self.replies)
-        for data in datagrams:
-            self.listener.datagram_received(data, address)
-        return self.replies[before:]
-
-    @property
-    def tables(self) -> tuple[int, int, int]:
-        """Links, connection ids, handshakes under way."""
-        listener = self.listener
-        return len(listener._ids), len(listener._links), len(listener._half_open)
-
-
-def first_flight(engine: str) -> list[bytes]:
-    """A client's first datagrams."""
-    connection = select_engine(engine).dial(ClientTrust("localhost", identity()[1]), 1200)
-    connection.connect(SERVER, now=0.0)
-    return [bytes(data) for data, _ in connection.datagrams_to_send(now=0.0)]
-
-
-def at_door(
-    work: Callable[[Door], Coroutine[Any, Any, None]], server: str, client: str = "", *, retry: str = "auto"
-) -> None:
-    """Run ``work`` before a door under the turned clock."""
-
-    async def playing() -> None:
-        door = Door(server, client, retry=retry)
-        try:
-            await work(door)
-        finally:
-            await door.close()
-
-    run(playing())
-
+from tests.support.door import STRANGER, Door, at_door, first_flight, is_retry
+from tests.support.memory import SERVER, Network, identity
 
 # Address validation
 
@@ -94,7 +37,7 @@ def test_address_is_not_proved_where_that_is_forbidden() -> None:
             door.knock(first_flight("aioquic")[0])
         await asyncio.sleep(0.01)
         assert door.tables[0] == 100
-        assert not any(_is_retry(reply) for reply in door.replies)
+        assert not any(is_retry(reply) for reply in door.replies)
 
     at_door(work, "aioquic", retry="never")
 
@@ -105,7 +48,7 @@ def test_many_half_open_handshakes_make_everyone_prove_its_address() -> None:
             door.knock(first_flight("aioquic")[0])
         await asyncio.sleep(0.01)
         assert door.tables[0] == 64
-        assert sum(_is_retry(reply) for reply in door.replies) == 900 - 64
+        assert sum(is_retry(reply) for reply in door.replies) == 900 - 64
         link = door.dial()
         await door.until(lambda: link.ready)
 
@@ -135,7 +78,7 @@ def test_token_of_another_address_is_worth_nothing(engine: str) -> None:
             for reply in replies:
                 client.receive_datagram(reply, SERVER, now=0.0)
             if address is STRANGER:
-                assert [_is_retry(reply) for reply in replies] == [True] * len(replies)
+                assert [is_retry(reply) for reply in replies] == [True] * len(replies)
                 replies.clear()
         assert not replies
         assert door.tables == (0, 0, 0)
@@ -149,10 +92,6 @@ def test_retry_mode_that_does_not_exist_is_refused(engine: str) -> None:
             Network(engine, engine, retry="sometimes")
 
     run(work())
-
-
-def _is_retry(data: bytes) -> bool:
-    return data[0] >> 4 == 0xF and data[1:5] == b"\0\0\0\1"
 
 
 # Versions
@@ -263,90 +202,6 @@ async def test_bound_address_is_told(engine: str) -> None:
         ).start("127.0.0.1", port)
     listener.close()
     await network.close()
-
-
-# Garbage
-
-
-def test_garbage_harms_nobody(engine: str, log_lines: list[str]) -> None:
-    """20,000 random and mutated datagrams: no exception escapes, nothing grows, a link that stands goes on."""
-
-    async def work(door: Door) -> None:
-        client, server = await door.joined()
-        door.listener.accepted(server)
-        chance = random.Random(20_000)
-        seeds = [*first_flight(engine), *first_flight("aioquic"), *await _recorded(door, client, server)]
-        ids = list(door.listener._links)
-        for count in range(20_000):
-            door.knock(_garbage(chance, seeds, ids))
-            if count % 500 == 0:
-                client.ping()
-                await asyncio.sleep(0.05)
-                assert len(door.replies) < 4 * (count + 1)
-                assert door.tables[0] <= 1 + 64
-        await _answered(door, server)
-        assert door.listener.links.count(server) == 1
-        for _ in range(20):
-            client.ping()
-            await asyncio.sleep(1.5)
-        assert door.tables[0] == 1
-        assert door.tables[1] <= 16
-
-    at_door(work, engine)
-    assert not [line for line in log_lines if line.startswith(("ERROR", "CRITICAL"))]
-
-
-async def _recorded(door: Door, client: Link, server: Link) -> list[bytes]:
-    """Datagrams of a connection at work, towards the server."""
-    kept: list[bytes] = []
-
-    def note(data: bytes, to_server: bool) -> bool:
-        if to_server:
-            kept.append(data)
-        return False
-
-    door.lose = note
-    await _answered(door, server)
-    other = door.dial()
-    await door.until(lambda: other.ready)
-    other.close()
-    await asyncio.sleep(5)
-    door.lose = lambda data, to_server: False
-    assert len(kept) > 4
-    return kept
-
-
-async def _answered(door: Door, server: Link) -> None:
-    """A request crosses and its answer comes back."""
-
-    def answer(leg: Any, head: RequestHead, backend: Any) -> None:
-        for frame in (ResponseHead(200, []), Data(b"x" * 3000), End()):
-            leg.receive(frame)
-
-    door.client_owner.on_request = answer
-    _, visitor = opened(door, server, GET, End())
-    await door.until(lambda: visitor.ended)
-    assert visitor.body == b"x" * 3000
-
-
-def _garbage(chance: random.Random, seeds: list[bytes], ids: list[bytes]) -> bytes:
-    kind = chance.randrange(6)
-    if kind == 0:
-        return chance.randbytes(chance.randrange(1, 1500))
-    if kind == 1:  # a short header for a connection that is there
-        return bytes([0x40 | chance.randrange(64)]) + chance.choice(ids) + chance.randbytes(chance.randrange(1300))
-    if kind == 2:  # a long header of version 1 with a known or an unknown id
-        cid = chance.choice([chance.choice(ids), chance.randbytes(chance.randrange(25))])
-        start = bytes([0xC0 | chance.randrange(64)]) + b"\0\0\0\1" + bytes([len(cid)]) + cid
-        return start + chance.randbytes(chance.randrange(1400))
-    data = bytearray(chance.choice(seeds))
-    for _ in range(chance.choice([1, 1, 3, 20])):
-        data[chance.randrange(min(len(data), chance.choice([20, 60, 1500])))] = chance.randrange(256)
-    if kind == 4:
-        del data[chance.randrange(len(data)) + 1 :]
-    if kind == 5:
-        data += chance.randbytes(chance.randrange(300))
-    return bytes(data)
 
 
 def test_link_that_is_abandoned_is_out_of_the_tables(engine: str) -> None:

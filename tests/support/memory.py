@@ -2,6 +2,8 @@
 
 import asyncio
 import functools
+import gc
+import resource
 import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -31,6 +33,12 @@ def identity() -> tuple[ServerIdentity, bytes]:
     directory = Path(tempfile.mkdtemp(prefix="quictunnel-test-"))
     made = ensure_server_certificate(directory, ["localhost", "127.0.0.1"], datetime.now(UTC))
     return ServerIdentity(str(made.certificate), str(made.key)), made.authority.read_bytes()
+
+
+def resident() -> int:
+    """Bytes of memory that this process has in use, what is only garbage left out."""
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 class Recorder(Leg):
