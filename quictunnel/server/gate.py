@@ -12,7 +12,7 @@ from loguru import logger
 from quictunnel import __version__
 from quictunnel.quic.link import Link, LinkClosed, LinkOwner
 from quictunnel.quic.stream import StreamLeg
-from quictunnel.server.registry import Registry, Session
+from quictunnel.server.registry import Registry, Session, Tunnel
 from quictunnel.trust.files import TrustError
 from quictunnel.trust.tokens import Grant, TokenRefused, TokenStore
 from quictunnel.wire.control import VERSION, Authority, ControlMessage, Drain, Grow, Hello, Refuse, Unknown, Welcome
@@ -23,6 +23,9 @@ __all__ = ["Gate"]
 # How long a refused client has to read why, in seconds, before its link is closed under it.
 _REFUSAL_TIME: Final = 1.0
 _SESSION_ID_LIMIT: Final = 128
+
+# Of what a client calls itself, and asks for, so many characters go into logs.
+_SHOWN: Final = 80
 
 
 class Gate(LinkOwner):
@@ -44,18 +47,21 @@ class Gate(LinkOwner):
         self._public_urls = public_urls
         self._now = now
         self._loop = asyncio.get_running_loop()
-        self._closers: set[asyncio.TimerHandle] = set()
+        self._refused: dict[Link, asyncio.TimerHandle] = {}  # until when they may read why
+        self._asked: set[Link] = set()  # have had the authority's certificate
         self.draining = False
         self.on_accepted: Callable[[Link], None] = lambda link: None
 
     # What links tell
 
     def link_control(self, link: Link, message: ControlMessage) -> None:
+        if link in self._refused:
+            return  # it is being shown out
         match message:
             case Hello():
                 self._hello(link, message)
             case Authority():
-                link.send_control(self.authority)
+                self._show_authority(link)
             case Drain():
                 self._drain(link)
             case Welcome() | Refuse() | Grow() | Unknown():
@@ -70,6 +76,10 @@ class Gate(LinkOwner):
             self._registry.serve_waiting(link.session.tunnel)
 
     def link_closed(self, link: Link, why: LinkClosed) -> None:
+        self._asked.discard(link)
+        closer = self._refused.pop(link, None)
+        if closer is not None:
+            closer.cancel()
         session = self._registry.unregister(link)
         if session is not None:
             seconds = self._loop.time() - session.since
@@ -79,6 +89,14 @@ class Gate(LinkOwner):
 
     # Registration
 
+    def _show_authority(self, link: Link) -> None:
+        # Kilobytes for a few bytes, before any token: one answer is all that a client needs.
+        if link in self._asked or link.session is not None:
+            self._refuse(link, Refuse("protocol", "one link asks for the authority once, and says nothing else"))
+            return
+        self._asked.add(link)
+        link.send_control(self.authority)
+
     def _hello(self, link: Link, hello: Hello) -> None:
         if link.session is not None:
             self._refuse(link, Refuse("protocol", "one link says hello once"))
@@ -87,7 +105,7 @@ class Gate(LinkOwner):
             grant = self._admit(hello)
         except _Refused as refused:
             logger.warning(
-                "refused {} for tunnel {!r}: {}", _place(link), hello.tunnel or "(any)", refused.message.text
+                "refused {} for tunnel {!r}: {}", _place(link), hello.tunnel[:_SHOWN] or "(any)", refused.message.text
             )
             self._refuse(link, refused.message)
             return
@@ -95,7 +113,9 @@ class Gate(LinkOwner):
         known = self._registry.tunnel(name)
         begins = known is None or hello.session not in known.sessions
         try:
-            session = self._registry.register(grant, hello.session, hello.agent, hello.link, link, self._loop.time())
+            session = self._registry.register(
+                grant, hello.session, hello.agent[:_SHOWN], hello.link, link, self._loop.time()
+            )
         except TunnelError as error:
             self._refuse(link, Refuse("limit", error.details, final=False, retry_after=5.0))
             return
@@ -106,7 +126,7 @@ class Gate(LinkOwner):
         if begins:
             logger.info(
                 "session {} serves tunnel {} from {} by token {} ({})",
-                session.number, name, _place(link), grant.token_id, hello.agent or "unnamed client",
+                session.number, name, _place(link), grant.token_id, session.agent or "unnamed client",
             )  # fmt: skip
         self._registry.serve_waiting(session.tunnel)
 
@@ -133,9 +153,11 @@ class Gate(LinkOwner):
             logger.error("{}", error)
             raise _Refused("unavailable", "the server cannot check tokens now", retry_after=5.0) from None
         tunnel = self._registry.tunnel(grant.tunnel)
-        owner = None if tunnel is None else tunnel.owner
-        if owner is not None and owner.token_id != grant.token_id and self._stands(owner):
-            raise _Refused("name_taken", f"the name {grant.tunnel} belongs to another token")
+        if tunnel is not None and tunnel.owner is not None and tunnel.owner.token_id != grant.token_id:
+            if self._stands(tunnel.owner):
+                raise _Refused("name_taken", f"the name {grant.tunnel} belongs to another token")
+            # Before the next look at all tokens, so that not one request for the new owner goes to the old one.
+            self._recheck(tunnel)
         return grant
 
     def _name_for(self, hello: Hello) -> str:
@@ -171,7 +193,11 @@ class Gate(LinkOwner):
         except TrustError as error:
             logger.error("{}", error)
             return
-        for session in self._registry.sessions():
+        for tunnel in list(self._registry.tunnels.values()):
+            self._recheck(tunnel)
+
+    def _recheck(self, tunnel: Tunnel) -> None:
+        for session in list(tunnel.sessions.values()):
             try:
                 self._tokens.recheck(session.grant, self._now())
             except TrustError:
@@ -194,20 +220,15 @@ class Gate(LinkOwner):
                 link.send_control(Drain())
 
     def _refuse(self, link: Link, message: Refuse) -> None:
-        link.send_control(message)
-
-        def close() -> None:
-            self._closers.discard(handle)
-            link.close(ErrorCode.NOT_ACCEPTED, message.text)
-
-        handle = self._loop.call_later(_REFUSAL_TIME, close)
-        self._closers.add(handle)
+        if link.closed is None and link not in self._refused:
+            link.send_control(message)
+            self._refused[link] = self._loop.call_later(_REFUSAL_TIME, link.close, ErrorCode.NOT_ACCEPTED, message.text)
 
     def close(self) -> None:
         """Drop the timers."""
-        for handle in self._closers:
+        for handle in self._refused.values():
             handle.cancel()
-        self._closers.clear()
+        self._refused.clear()
 
 
 class _Refused(Exception):

@@ -31,6 +31,9 @@ class RegistryLimits:
     max_links: int = 64
     "links of one session"
 
+    sessions: int = 256
+    "sessions of one tunnel: each request looks at all of them"
+
     tunnels: int = 100_000
     "names remembered"
 
@@ -197,8 +200,10 @@ class Registry:
             if len(self.tunnels) >= self.limits.tunnels:
                 self._forget_one()
             tunnel = self.tunnels[name] = Tunnel(name)
-        tunnel.owner = grant
         session = tunnel.sessions.get(session_id)
+        if session is None and len(tunnel.sessions) >= self.limits.sessions:
+            raise TunnelError(ErrorCode.CONNECTION_LIMIT_REACHED, "the tunnel has as many sessions as it may")
+        tunnel.owner = grant
         if session is None:
             self._sessions += 1
             session = Session(session_id, self._sessions, tunnel, grant, agent, now)

@@ -249,3 +249,48 @@ async def test_link_without_a_hello_leaves_in_silence(door: Door) -> None:
     tell: Callable[..., None] = door.gate.link_closed
     tell(FakeLink(), LinkClosed(0, "bye"))
     assert not door.registry.sessions()
+
+
+async def test_refused_link_is_heard_no_more(door: Door, log_lines: list[str]) -> None:
+    link = door.hello(token="qtk_nothing")
+    for _ in range(100):
+        door.hello(link=link)
+        door.gate.link_control(link, Authority())  # type: ignore[arg-type]
+    assert [type(message) for message in link.messages] == [Refuse]
+    assert not door.registry.tunnels
+    assert len([line for line in log_lines if "refused" in line]) == 1
+
+
+async def test_authority_is_told_once_and_before_any_hello(door: Door) -> None:
+    link = FakeLink()
+    for _ in range(3):
+        door.gate.link_control(link, Authority())  # type: ignore[arg-type]
+    assert [type(message) for message in link.messages] == [Authority, Refuse]
+    link = door.hello()
+    door.gate.link_control(link, Authority())  # type: ignore[arg-type]
+    assert [type(message) for message in link.messages] == [Welcome, Refuse]
+
+
+async def test_what_a_client_calls_itself_is_cut_to_a_line(door: Door, log_lines: list[str]) -> None:
+    door.hello(agent="a" * 60_000)
+    door.hello(tunnel="b" * 60_000, session="t" * 24)
+    assert max(map(len, log_lines)) < 500
+    assert len(door.registry.sessions()[0].agent) <= 80
+
+
+async def test_sessions_of_a_name_end_when_it_passes_to_another_token(door: Door) -> None:
+    old = door.hello()
+    other = door.tokens.create(["app"], None, NOW)
+    door.tokens.revoke(door.token.id, NOW)
+    assert isinstance(door.hello(token=other.secret, session="t" * 24).messages[0], Welcome)
+    assert [type(message) for message in old.messages] == [Welcome, Refuse]
+    assert list(door.registry.tunnels["app"].sessions) == ["t" * 24]
+
+
+async def test_tunnel_with_all_its_sessions_refuses_for_now(door: Door) -> None:
+    door.registry.limits = RegistryLimits(sessions=2)
+    door.hello()
+    door.hello(session="t" * 24)
+    (refuse,) = door.hello(session="u" * 24).messages
+    assert (refuse.code, refuse.final) == ("limit", False)
+    assert isinstance(door.hello(link=None).messages[0], Welcome), "a link of a session that is there"
