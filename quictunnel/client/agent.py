@@ -10,7 +10,7 @@ import random
 import secrets
 import ssl
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Final
@@ -19,6 +19,7 @@ from loguru import logger
 
 from quictunnel import __version__
 from quictunnel.client.fan_out import FanOut
+from quictunnel.log import escape
 from quictunnel.quic.dial import DialError, dial
 from quictunnel.quic.engine import ClientTrust, Engine
 from quictunnel.quic.link import SUSPECT_AFTER, Link, LinkClosed, LinkOwner
@@ -30,6 +31,7 @@ from quictunnel.wire.control import VERSION, Authority, ControlMessage, Drain, G
 from quictunnel.wire.credit import WindowBudget
 from quictunnel.wire.errors import ErrorCode
 from quictunnel.wire.frames import RequestHead
+from quictunnel.wire.names import normalise_tunnel_name
 
 __all__ = ["Agent", "AgentConfig", "FinalRefusal"]
 
@@ -39,6 +41,9 @@ ANSWER_TIME: Final = 10.0
 FIRST_RETRY: Final = 0.2
 LONGEST_RETRY: Final = 15.0
 "seconds, all of them"
+
+_SHOWN: Final = 300
+"characters of what a server says that people are shown"
 
 
 class FinalRefusal(Exception):
@@ -234,16 +239,24 @@ class Agent(LinkOwner):
             capabilities=list(config.capabilities),
         )
         answer = await self._ask(link, hello)
+        if link.closed is not None:
+            # Its end came with the answer, and was told when nobody watched yet.
+            raise DialError(f"the server closed the link: {link.closed}")
         match answer:
             case Welcome():
+                try:
+                    answer = _presentable(answer)
+                except ValueError as error:
+                    link.close(ErrorCode.FRAME_ERROR, "a welcome to nothing")
+                    raise DialError(f"the server's welcome: {error}") from None
                 self._links[index] = link
                 self._welcome(answer)
                 return link
             case Refuse(final=True):
-                raise FinalRefusal(answer.code, answer.text)
+                raise _final(answer)
             case Refuse():
                 link.close()
-                raise _TryLater(f"refused: {answer.text}", answer.retry_after)
+                raise _TryLater(f"refused: {_line(answer.text)}", answer.retry_after)
             case _:
                 link.close(ErrorCode.FRAME_ERROR, "no answer to hello")
                 raise DialError(f"the server answered hello with {answer.type}")
@@ -322,6 +335,7 @@ class Agent(LinkOwner):
                 closed.clear()
                 return
             closed.clear()
+            link.end_stalled()
             link.ping()
 
     # What links tell
@@ -382,10 +396,12 @@ class Agent(LinkOwner):
                 self._on_welcome(welcome)
 
     def _refused(self, link: Link, refuse: Refuse) -> None:
-        logger.error("= the server ended the session: {}", refuse.text)
-        if refuse.final and self._group is not None:
+        logger.error("= the server ended the session: {}", _line(refuse.text))
+        # Its last word, whatever it adds: a server may say it as often as it likes.
+        link.close()
+        if refuse.final and self._group is not None and not self._stopping.is_set():
             self._stopping.set()
-            self._group.create_task(self._give_up(FinalRefusal(refuse.code, refuse.text)))
+            self._group.create_task(self._give_up(_final(refuse)))
 
     async def _give_up(self, refusal: FinalRefusal) -> None:
         raise refusal
@@ -393,3 +409,22 @@ class Agent(LinkOwner):
     def _grow(self, links: int) -> None:
         self._wanted = max(1, min(links, self._config.max_links))
         self._start_keepers()
+
+
+# What a server says goes to terminals and to scripts that read them.
+
+
+def _presentable(welcome: Welcome) -> Welcome:
+    """The welcome with a name that is one, and of its URLs those that are a word. Raises ValueError."""
+    words = [url for url in welcome.urls if url.isascii() and url.isprintable() and " " not in url]
+    return replace(
+        welcome, tunnel=normalise_tunnel_name(welcome.tunnel), urls=[url for url in words[:8] if len(url) <= _SHOWN]
+    )
+
+
+def _line(text: str) -> str:
+    return escape(text[:_SHOWN])
+
+
+def _final(refuse: Refuse) -> FinalRefusal:
+    return FinalRefusal(_line(refuse.code), _line(refuse.text))
