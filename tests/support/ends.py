@@ -194,29 +194,41 @@ class VisitorTransport(FakeTransport):
 class Visit:
     """A visitor with one request under way."""
 
-    def __init__(self, server: Server, target: str, host: str, fields: tuple[str, ...]) -> None:
+    def __init__(self, server: Server, target: str, host: str, fields: tuple[str, ...], method: str = "GET") -> None:
         self.transport = VisitorTransport()
         self.connection = VisitorConnection(server.visitors)
         self.transport.protocol = self.connection
         self.connection.connection_made(self.transport)
-        lines = (f"GET {target} HTTP/1.1", f"Host: {host}", *fields, "", "")
+        lines = (f"{method} {target} HTTP/1.1", f"Host: {host}", *fields, "", "")
         self.connection.data_received("\r\n".join(lines).encode())
 
     @property
     def answer(self) -> str:
         """What came so far."""
-        return self.transport.written.decode()
+        return self.transport.written.decode("latin-1")
 
     @property
     def status(self) -> int:
         """Of the answer, 0 as long as there is none."""
-        return int(self.answer[9:12]) if self.answer else 0
+        return int(self.final[9:12]) if self.answer else 0
+
+    @property
+    def final(self) -> str:
+        """The answer without the informational ones before it."""
+        answer = self.answer
+        while answer[9:10] == "1" and answer[9:12] != "101" and answer.partition("\r\n\r\n")[2]:
+            answer = answer.partition("\r\n\r\n")[2]
+        return answer
 
     @property
     def error(self) -> str:
         """The error type of Proxy-Status."""
         _, _, rest = self.answer.partition("quictunnel; error=")
         return rest.partition(";")[0].partition("\r")[0]
+
+    def send(self, body: bytes) -> None:
+        """More of the request."""
+        self.connection.data_received(body)
 
     def leave(self) -> None:
         """Go away."""
@@ -311,9 +323,9 @@ class Ends:
 
     # Visitors
 
-    def visit(self, target: str = "/", *fields: str, host: str = "app.localhost") -> Visit:
+    def visit(self, target: str = "/", *fields: str, host: str = "app.localhost", method: str = "GET") -> Visit:
         """A visitor comes with a request."""
-        return Visit(self.server, target, host, fields)
+        return Visit(self.server, target, host, fields, method)
 
     async def visited(self, target: str = "/", *fields: str, host: str = "app.localhost") -> Visit:
         """A visitor comes and has its answer."""

@@ -1,0 +1,187 @@
+"""Ends that keep to no rule: QUIC by the library, everything above it by the test."""
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from quictunnel.quic.engine import ClientTrust, select_engine
+from quictunnel.quic.link import Link, LinkOwner
+from quictunnel.quic.listen import LinkListener
+from quictunnel.wire.codec import FrameType, push_varint
+from quictunnel.wire.control import ControlDecoder, ControlMessage, Credit, Hello, Strange, Welcome, encode_control
+from quictunnel.wire.credit import WindowBudget
+from tests.support.ends import Ends
+from tests.support.memory import identity
+
+__all__ = ["HostileClient", "HostileServer", "control", "frame"]
+
+
+def frame(kind: int, payload: bytes) -> bytes:
+    """A frame of any type."""
+    return push_varint(kind) + push_varint(len(payload)) + payload
+
+
+class HostileClient(asyncio.DatagramProtocol):
+    """A client on the network of ``Ends`` that says and sends what the test wants.
+
+    With ``deaf`` it allows the server not one byte of stream data beyond what it has allowed at first.
+    """
+
+    def __init__(self, ends: Ends, engine: str, *, deaf: int | None = None) -> None:
+        self._ends = ends
+        self._loop = ends.loop
+        self.engine = select_engine(engine)
+        self.connection: Any = self.engine.dial(ClientTrust("127.0.0.1", identity()[1]), 1200)
+        if deaf is not None:  # aioquic's client only: the other one's windows are its own
+            connection = self.connection
+            connection._local_max_stream_data_bidi_local = connection._local_max_stream_data_bidi_remote = deaf
+            connection._write_stream_limits = lambda **options: None
+        self.ready = False
+        self.closed: tuple[int, str] | None = None
+        self.streams: dict[int, bytearray] = {}
+        self.ended: set[int] = set()
+        self.cut: dict[int, int] = {}
+        self.messages: list[ControlMessage | Credit | Strange] = []
+        self._control = ControlDecoder()
+        self._timer: asyncio.TimerHandle | None = None
+        self._transport: Any = None
+
+    async def connect(self) -> "HostileClient":
+        """Shake hands."""
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.connect(self._ends.quic_address)
+        self._transport, _ = await self._loop.create_datagram_endpoint(lambda: self, sock=sock)
+        self.connection.connect(self._ends.quic_address, now=self._loop.time())
+        self.pump()
+        await self._ends.until(lambda: self.ready)
+        self._stay()
+        return self
+
+    def _stay(self) -> None:
+        if self.closed is None and not self._transport.is_closing():
+            self.connection.send_ping(1)
+            self.pump()
+            self._loop.call_later(10, self._stay)
+
+    async def hello(self, **values: Any) -> ControlMessage:
+        """Say hello, with ``values`` in place of true ones; the answer."""
+        said = {"version": 1, "tunnel": "app", "session": "s" * 32, "token": self._ends.token.secret, **values}
+        before = len(self.messages)
+        self.say(Hello(**said))
+        await self._ends.until(lambda: len(self.messages) > before or self.closed)
+        message = self.messages[before]
+        assert not isinstance(message, Credit | Strange)
+        return message
+
+    async def serving(self, **values: Any) -> "HostileClient":
+        """Shake hands and be welcomed."""
+        await self.connect()
+        assert isinstance(await self.hello(**values), Welcome)
+        return self
+
+    def say(self, *messages: ControlMessage | bytes) -> None:
+        """Write to the control stream: messages, or any bytes."""
+        self.send(0, b"".join(each if isinstance(each, bytes) else encode_control(each) for each in messages))
+
+    def send(self, stream: int, data: bytes, fin: bool = False) -> None:
+        """Write to a stream, its own or not."""
+        self.connection.send_stream_data(stream, data, fin)
+        self.pump()
+
+    def send_at(self, stream: int, offset: int, data: bytes) -> None:
+        """Write far ahead on a stream, with nothing before (aioquic's client only)."""
+        sender = self.connection._get_or_create_stream_for_send(stream).sender
+        sender._buffer_start = sender._buffer_stop = offset
+        self.send(stream, data)
+
+    async def asked(self, count: int = 1) -> list[int]:
+        """Wait until so many requests are there; their streams."""
+        await self._ends.until(lambda: len(self.requests) >= count)
+        return self.requests
+
+    @property
+    def requests(self) -> list[int]:
+        return [stream for stream in self.streams if stream & 3 == 1]
+
+    # asyncio
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        pass
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        self.connection.receive_datagram(data, addr, now=self._loop.time())
+        self._events()
+        self.pump()
+
+    def error_received(self, exc: Exception) -> None:
+        pass
+
+    def pump(self) -> None:
+        """Send what there is to send."""
+        now = self._loop.time()
+        for data, _ in self.connection.datagrams_to_send(now=now):
+            self._transport.sendto(data)
+        if self._timer is not None:
+            self._timer.cancel()
+        at = self.connection.get_timer()
+        self._timer = None if at is None or self.closed else self._loop.call_at(max(at, now + 0.001), self._late)
+
+    def _late(self) -> None:
+        self.connection.handle_timer(now=self._loop.time())
+        self._events()
+        self.pump()
+
+    def _events(self) -> None:
+        while (event := self.connection.next_event()) is not None:
+            kind = type(event).__name__
+            if kind == "StreamDataReceived":
+                self.streams.setdefault(event.stream_id, bytearray()).extend(event.data)
+                if event.stream_id == 0:
+                    self.messages += self._control.feed(event.data)
+                if event.end_stream:
+                    self.ended.add(event.stream_id)
+            elif kind in ("StreamReset", "StopSendingReceived"):
+                self.cut[event.stream_id] = event.error_code
+            elif kind == "HandshakeCompleted":
+                self.ready = True
+            elif kind == "ConnectionTerminated":
+                self.closed = (event.error_code, event.reason_phrase)
+                self._transport.close()
+
+
+class HostileServer(LinkOwner):
+    """A server that clients of ``Ends`` believe and should not: ``on_hello`` is what it does to each link."""
+
+    def __init__(self, ends: Ends, engine: str) -> None:
+        files, _ = identity()
+        self._ends = ends
+        self.listener = LinkListener(select_engine(engine), files, self, WindowBudget(1 << 24), retry="never")
+        self.hellos: list[Hello] = []
+        self.links: list[Link] = []
+        self.messages: list[ControlMessage] = []
+        self.on_hello: Callable[[Link, Hello], None] = lambda link, hello: link.send_control(Welcome("app"))
+
+    async def start(self) -> "HostileServer":
+        self._ends._port = (await self.listener.start("127.0.0.1", 0))[1]
+        return self
+
+    def link_control(self, link: Link, message: ControlMessage) -> None:
+        self.messages.append(message)
+        if isinstance(message, Hello):
+            self.hellos.append(message)
+            self.links.append(link)
+            self.listener.accepted(link)
+            self.on_hello(link, message)
+
+    @staticmethod
+    def write(link: Link, stream: int, data: bytes, fin: bool = False) -> None:
+        """Put any bytes on a stream; -1 is a new one."""
+        connection = link._connection
+        connection.send_stream_data(connection.get_next_available_stream_id() if stream < 0 else stream, data, fin)
+        link.schedule()
+
+
+def control(payload: bytes) -> bytes:
+    """A CONTROL frame of any payload."""
+    return frame(FrameType.CONTROL, payload)
