@@ -105,8 +105,7 @@ class TunnelError(Exception):
     def from_wire(cls, code: int) -> "TunnelError":
         """The error that a peer's RESET_STREAM or STOP_SENDING names; an unknown code is INTERNAL_ERROR.
 
-        A peer's word is not trusted to be about the visitor's request: see ``server``, which maps what a client may
-        say.
+        What a client says so, its own tunnel's visitors see; it could have answered them with that status itself.
         """
         try:
             return cls(ErrorCode(code))
