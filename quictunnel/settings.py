@@ -125,6 +125,7 @@ Dial = Annotated[
     Address | None, _optional(lambda value: parse_address(value, DEFAULT_QUIC_PORT)), Option("HOST[:PORT]")
 ]
 Duration = Annotated[float, BeforeValidator(parse_duration), Option("TIME")]
+OptionalDuration = Annotated[float | None, _optional(parse_duration), Option("TIME")]
 Directory = Annotated[Path, BeforeValidator(parse_path), Option("DIR")]
 File = Annotated[Path | None, _optional(parse_path), Option("FILE")]
 Authority = Annotated[Path | Literal["system"] | None, _optional(_parse_authority), Option("FILE|system")]
@@ -199,6 +200,7 @@ class ServeSettings(LogSettings):
     )
     head_time: Annotated[Duration, LIMITS] = _default("15s", "for a request's head to arrive")
     body_idle: Annotated[Duration, LIMITS] = _default("60s", "silence within an upload")
+    write_idle: Annotated[Duration, LIMITS] = _default("5m", "for a visitor to take something of what waits for it")
     keep_alive: Annotated[Duration, LIMITS] = _default("75s", "idle visitor connections are kept this long")
     max_visitors: Annotated[int, _whole(1, 1_000_000), LIMITS, Option("N")] = _default(
         10_000, "visitor connections at a time"
@@ -267,6 +269,9 @@ class ConnectSettings(LogSettings):
     )
     backend_head_time: Annotated[Duration, Option(group="backend")] = _default(
         "60s", "for the backend's response head to arrive"
+    )
+    backend_body_idle: Annotated[OptionalDuration, Option(group="backend")] = _default(
+        None, "silence within the backend's answer; not for an application or a transport (default: no limit)"
     )
     backend_keep_alive: Annotated[Duration, Option(group="backend")] = _default(
         "30s", "idle backend connections are kept this long"

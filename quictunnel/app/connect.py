@@ -54,6 +54,7 @@ async def named_backend(settings: ConnectSettings, budget: WindowBudget) -> Back
         insecure=settings.backend_insecure,
         connect_time=settings.backend_connect_time,
         head_time=settings.backend_head_time,
+        body_idle_time=settings.backend_body_idle,
         keep_alive=settings.backend_keep_alive,
         budget=budget,
     )

@@ -112,6 +112,7 @@ def make_server(
             head_time=settings.head_time,
             idle_time=settings.keep_alive,
             body_idle_time=settings.body_idle,
+            write_idle_time=settings.write_idle,
             connections=settings.max_visitors,
         ),
         registry=RegistryLimits(in_flight=settings.max_in_flight, slot_wait=settings.slot_wait),

@@ -21,6 +21,7 @@ async def open_backend(
     insecure: bool = False,
     connect_time: float = 10.0,
     head_time: float = 60.0,
+    body_idle_time: float | None = None,
     keep_alive: float = 30.0,
     http: str = "1.1",
     budget: WindowBudget | None = None,
@@ -29,8 +30,9 @@ async def open_backend(
 
     ``http`` is the version that a backend on a socket speaks, ``1.1`` or ``2``; ``budget`` is what the windows of
     HTTP/2 grow out of. ``ca`` is a file of PEM certificates to trust instead of the system's, ``insecure`` takes any
-    certificate. In seconds: ``connect_time`` to connect, ``head_time`` for an answer's head, ``keep_alive`` for a
-    connection that waits for its next request. Raises ValueError with a sentence for the user.
+    certificate. In seconds: ``connect_time`` to connect, ``head_time`` for an answer's head, ``body_idle_time`` for
+    silence within its body (None for no limit, and for an application there is none), ``keep_alive`` for a connection
+    that waits for its next request. Raises ValueError with a sentence for the user.
     """
     target = parse_backend(text)
     if target.kind != "https" and (ca is not None or insecure):
@@ -39,7 +41,9 @@ async def open_backend(
         raise ValueError(f"{target}: an application in this process speaks no HTTP: --backend-http is for the others")
     if target.kind == "asgi":
         return await _application(target, head_time)
-    limits = OriginLimits(connect_time=connect_time, head_time=head_time, idle_keep_alive=keep_alive)
+    limits = OriginLimits(
+        connect_time=connect_time, head_time=head_time, body_idle_time=body_idle_time, idle_keep_alive=keep_alive
+    )
     tls = _tls(ca, insecure, "h2" if http == "2" else "http/1.1") if target.kind == "https" else None
     place: dict[str, Any] = (
         {"path": target.path} if target.kind == "unix" else {"host": target.host, "port": target.port}

@@ -115,9 +115,10 @@ def test_wrong_backend_is_refused_with_a_reason(text: str) -> None:
 
 
 async def test_backend_is_opened_by_its_kind(tmp_path: Path) -> None:
-    plain = await open_backend("3000", connect_time=1, head_time=2, keep_alive=3)
+    plain = await open_backend("3000", connect_time=1, head_time=2, body_idle_time=4, keep_alive=3)
     assert isinstance(plain, Origin)
-    assert (plain.limits.connect_time, plain.limits.head_time, plain.limits.idle_keep_alive) == (1, 2, 3)
+    limits = plain.limits
+    assert (limits.connect_time, limits.head_time, limits.idle_keep_alive, limits.body_idle_time) == (1, 2, 3, 4)
     assert (plain.name, plain.authority) == ("http://localhost:3000", "localhost:3000")
     unix = await open_backend(f"unix:{tmp_path}/app.sock")
     assert unix.name == f"unix:{tmp_path}/app.sock"
