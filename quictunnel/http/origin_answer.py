@@ -26,6 +26,7 @@ _STATUS: Final = slice(9, 10)
 _END_OF_HEAD: Final = b"\r\n\r\n"
 _CONTROL: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _END: Final = End()
+_NO_FRAMES: Final[list[Frame]] = []
 # Enough to tell an empty line from two: bytes of the end of what came before that are remembered.
 _TAIL: Final = 6
 # Trailers must not change the message they follow (RFC 9110 section 6.5.1).
@@ -119,10 +120,12 @@ class AnswerParser:
             if self._switched:
                 if data:
                     frames.append(Data(data))
-                return frames
+                data = b""
         self.started = True
         if data:
             self._feed(data)
+        # Let go of them: a connection that waits must not keep up to 256 KB of a body that has long gone out.
+        self._frames = _NO_FRAMES
         return frames
 
     def end(self) -> list[Frame]:

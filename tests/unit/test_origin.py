@@ -4,6 +4,7 @@ import asyncio
 import errno
 import socket
 import ssl
+import sys
 from collections.abc import Awaitable, Callable
 from itertools import pairwise
 
@@ -575,6 +576,15 @@ def test_fields_of_a_request_come_back_from_an_answer(pairs: list[tuple[bytes, s
 
 
 # Kept connections
+
+
+@pytest.mark.parametrize("end", [b"", b"x"], ids=["under way", "complete"])
+def test_parser_keeps_nothing_of_a_body_that_has_gone_out(end: bytes) -> None:
+    parser = AnswerParser(size_limit=65536, fields_limit=100)
+    parser.expect(b"GET", b"")
+    frames = parser.feed(b"HTTP/1.1 200 OK\r\nContent-Length: 100001\r\n\r\n" + b"x" * 100_000 + end)
+    assert parser.complete is bool(end)
+    assert sys.getrefcount(frames) == 2  # this name, and the call's argument
 
 
 async def test_connection_is_used_again() -> None:
