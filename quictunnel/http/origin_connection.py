@@ -4,7 +4,9 @@ kept (in the owner's list) <-> lent to a leg -> upgraded -> closed
 """
 
 import asyncio
+import socket
 import ssl
+import struct
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from quictunnel.http.limits import OriginLimits
@@ -19,6 +21,8 @@ __all__ = ["FOREVER", "OriginConnection", "Owner"]
 
 FOREVER: Final = float("inf")
 _END: Final = End()
+# SO_LINGER on, with no time: closing sends a reset (socket(7)).
+_RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
 
 class Owner(Protocol):
@@ -107,6 +111,9 @@ class OriginConnection(asyncio.Protocol):
     def drop(self) -> None:
         """Close at once; nothing of it is needed any more."""
         self.leg = None
+        if self.write_paused and (sock := self.transport.get_extra_info("socket")) is not None:
+            # A FIN would come behind what the backend has not read: a reset comes before it.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
         self.transport.abort()
 
     # What the owner calls
@@ -181,6 +188,7 @@ class OriginConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._owner.lost(self)
+        self.write_paused = False
         leg = self.leg
         if leg is None:
             return

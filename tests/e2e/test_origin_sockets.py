@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import select
 import socket
 import ssl
 import struct
@@ -361,6 +362,31 @@ def test_visitor_that_leaves_is_known_at_the_backend_at_once(run: Any, phase: st
             visitor.peer.abort(TunnelError(ErrorCode.CANCELLED))
             assert await left - begun < 0.1
             assert made.in_flight == 0
+
+    run(work())
+
+
+def test_backend_that_reads_nothing_learns_at_once_that_its_upload_is_cut(run: Any) -> None:
+    """A FIN would wait behind the megabytes that it has not read; a reset does not."""
+
+    async def work() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.setblocking(False)
+            async with origin(listener.getsockname()[1]) as made:
+                visitor = Visitor().ask(made.open(), UPLOAD, Data(b"x" * 65536))
+                sock, _ = await asyncio.get_running_loop().sock_accept(listener)
+                with sock:
+                    await visitor.until(lambda: not visitor.paused)
+                    while not visitor.paused:
+                        visitor.peer.receive(Data(b"x" * 65536))
+                        await asyncio.sleep(0)
+                    poll = select.poll()
+                    poll.register(sock, 0)
+                    assert poll.poll(0) == []
+                    visitor.peer.abort(TunnelError(ErrorCode.CANCELLED))
+                    for _ in range(3):
+                        await asyncio.sleep(0)
+                    assert poll.poll(1000) == [(sock.fileno(), select.POLLERR | select.POLLHUP)]
 
     run(work())
 
