@@ -158,17 +158,20 @@ class AnswerParser:
     def on_header(self, name: bytes, value: bytes) -> None:
         # llhttp leaves white space after the value (RFC 9112 section 5.1).
         self._fields.append((name.lower(), value.rstrip(b" \t")))
+        if len(self._fields) > self._fields_limit:
+            # At once: a read of 256 KB can hold 40,000 of them.
+            raise _wrong("a head or trailer section of its answer is too large")
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
         fields = self._fields
         self._fields = []
         if status < 200:
+            # Credit is for bodies: nothing else bounds what a backend says before its answer.
             self._interim_size += self._collected
             if self._interim_size > self._size_limit:
                 raise _wrong("its interim answers have no end")
-        too_long = self._collected > self._size_limit and _size(fields) > self._size_limit
-        if too_long or len(fields) > self._fields_limit:
+        if self._collected > self._size_limit and _size(fields) > self._size_limit:
             raise _wrong("the head of its answer is too large")
         self._collected = 0
         if status < 200:
@@ -324,8 +327,6 @@ class AnswerParser:
     def _trailers(self) -> Fields:
         fields = self._fields
         self._fields = []
-        if len(fields) > self._fields_limit:
-            raise _wrong("the trailer section of its answer is too large")
         return [field for field in end_to_end(fields) if field[0] not in _NOT_IN_TRAILERS]
 
     def _refuse(self, error: HttpParserError) -> NoReturn:

@@ -538,6 +538,25 @@ async def test_section_without_an_end_is_cut(start: bytes, piece: bytes) -> None
     assert origin.counts == NOTHING_LEFT
 
 
+@pytest.mark.parametrize("packets", [1, 4000], ids=["one read", "one by one"])
+async def test_interim_answers_without_an_end_are_a_502(packets: int) -> None:
+    origin = MemoryOrigin()
+    visitor = await asked(origin)
+    for _ in range(packets):
+        origin.socket.says(b"HTTP/1.1 100 Continue\r\n\r\n" * (4000 // packets))
+    await turns()
+    assert visitor.code is ErrorCode.HTTP_PROTOCOL_ERROR
+    assert origin.counts == NOTHING_LEFT
+
+
+def test_fields_too_many_are_not_collected_first() -> None:
+    for start in (OK, CHUNKED + b"0\r\n"):
+        parser = AnswerParser(size_limit=1 << 30, fields_limit=100)
+        parser.expect(b"GET", b"")
+        with pytest.raises(TunnelError, match="too large"):
+            parser.feed(start + b"a: b\r\n" * 102)
+
+
 # Any split of the bytes
 
 
