@@ -265,9 +265,7 @@ class DoorParser:
         except HttpParserUpgrade:
             pass  # llhttp skips the body of a request that asks for an upgrade
         except HttpParserError as error:
-            raise malformed(str(error)) from None
-        if len(fields) > self._limits.head_fields:
-            raise TunnelError(ErrorCode.HEAD_TOO_LARGE, "The request has too many header fields.")
+            raise _refusal(error) from None
         self.request, length = _check(line, fields, secure=self.secure)
         self._fields = []
         if length == 0:
@@ -320,8 +318,6 @@ class DoorParser:
         if not self._done:
             self._tail = window[-3:]
             return b""
-        if len(self._fields) > self._limits.head_fields:
-            raise TunnelError(ErrorCode.HEAD_TOO_LARGE, "The request has too many trailer fields.")
         self._complete(trailer_fields(self._fields))
         return window[position:]
 
@@ -340,7 +336,7 @@ class DoorParser:
         try:
             self._llhttp.feed_data(data)
         except HttpParserError as error:
-            raise malformed(str(error)) from None
+            raise _refusal(error) from None
 
     def _complete(self, trailers: Fields) -> None:
         self._stage = _HEAD
@@ -354,6 +350,9 @@ class DoorParser:
     def on_header(self, name: bytes, value: bytes) -> None:
         # llhttp leaves the white space after a value (RFC 9112 section 5.1).
         self._fields.append((name.lower(), value.rstrip(b" \t")))
+        if len(self._fields) > self._limits.head_fields:
+            # At once: a read of 256 KB can hold 40,000 of them.
+            raise TunnelError(ErrorCode.HEAD_TOO_LARGE, "The request has too many fields.")
 
     def on_body(self, data: bytes) -> None:
         self._parts.append(data)
@@ -508,6 +507,12 @@ def _options(value: bytes) -> list[bytes]:
     if b"," not in value:
         return [value]
     return [option.strip(b" \t") for option in value.split(b",")]
+
+
+def _refusal(error: HttpParserError) -> TunnelError:
+    """What llhttp says is wrong, or what one of our callbacks said through it."""
+    cause = error.__context__
+    return cause if isinstance(cause, TunnelError) else malformed(str(error))
 
 
 def malformed(what: str) -> TunnelError:
