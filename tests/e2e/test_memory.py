@@ -1,14 +1,13 @@
 """What a large body costs in memory: the windows and the sockets' buffers, however large the body is."""
 
 import asyncio
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.crowd import CrowdBackend, crowd_backend, fetch
-from tests.support.processes import Process, Processes, Tunnel
+from tests.support.processes import Processes, Tunnel
 
 MB = 1024 * 1024
 
@@ -20,17 +19,6 @@ ALLOWED = 32
 def processes(tmp_path: Path) -> Iterator[Processes]:
     with Processes(tmp_path / "processes") as processes:
         yield processes
-
-
-def peak(process: Process) -> int:
-    """The most bytes of memory that it has had in use since ``forget_peak``."""
-    found = re.search(r"^VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text(), re.M)
-    assert found
-    return int(found[1]) * 1024
-
-
-def forget_peak(process: Process) -> None:
-    Path(f"/proc/{process.pid}/clear_refs").write_text("5")
 
 
 async def transfer(tunnel: Tunnel, direction: str, size: int, limit: float) -> None:
@@ -51,9 +39,9 @@ async def grown(
     await transfer(tunnel, direction, 2000, 10)  # what is loaded on first use is no growth
     before = {name: process.resident() for name, process in ends.items()}
     for process in ends.values():
-        forget_peak(process)
+        process.forget_peak()
     await transfer(tunnel, direction, size, size / MB + 30)
-    return {name: (peak(process) - before[name]) / MB for name, process in ends.items()}
+    return {name: (process.peak() - before[name]) / MB for name, process in ends.items()}
 
 
 @pytest.mark.timeout(120)

@@ -359,8 +359,8 @@ def _visitors_end(visitors: list[RawVisitor], *, reset: bool) -> None:
     [
         "visitor FIN",
         "visitor RST",
-        "client killed",
-        "server stopped in order",
+        pytest.param("client killed", marks=pytest.mark.slow),
+        pytest.param("server stopped in order", marks=pytest.mark.slow),
         pytest.param("server killed", marks=pytest.mark.slow),
         pytest.param("packets lost", marks=pytest.mark.slow),
     ],

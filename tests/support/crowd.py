@@ -2,11 +2,25 @@
 
 import asyncio
 import re
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
-__all__ = ["PATTERN", "CrowdBackend", "Exchange", "crowd_backend", "fetch", "opened", "read_head", "until"]
+__all__ = [
+    "PATTERN",
+    "CrowdBackend",
+    "Exchange",
+    "SlowVisitor",
+    "Uploader",
+    "crowd_backend",
+    "fetch",
+    "opened",
+    "read_head",
+    "settled",
+    "times_of_fifty",
+    "until",
+]
 
 LIMIT = 60.0
 "seconds for any one exchange"
@@ -26,7 +40,9 @@ class CrowdBackend:
     """A backend that does as a request's target says.
 
     ``/slow?MS`` answers after so many milliseconds; ``/down?SIZE`` sends so many bytes; ``/up`` reads a body and says
-    how many bytes came; ``/up?RATE`` reads only so many bytes a second; ``/hang`` never answers.
+    how many bytes came; ``/up?RATE`` reads only so many bytes a second; ``/hang`` never answers; ``/tiny?COUNT`` sends
+    so many chunks of one byte; ``/count`` reads a chunked body and says how many bytes came; ``/raw?NAME`` sends
+    ``raw[NAME]`` over and over, up to its size, and ends the connection.
     """
 
     def __init__(self) -> None:
@@ -37,6 +53,8 @@ class CrowdBackend:
         "body bytes that the sockets have taken"
         self.received = 0
         self.port = 0
+        self.raw: dict[str, tuple[bytes, bytes, int]] = {}
+        "what an answer begins with, what is sent again and again after it, and how many bytes of that"
 
     @property
     def target(self) -> str:
@@ -67,6 +85,18 @@ class CrowdBackend:
                     await self._send(int(value), writer)
                 case "/up":
                     await self._receive(head, int(value) if value else 0, reader, writer)
+                case "/tiny":
+                    writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+                    await self._repeat(b"1\r\nx\r\n", int(value), writer)
+                    writer.write(b"0\r\n\r\n")
+                case "/count":
+                    said = b"%d" % await _count_chunked(reader)
+                    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(said) + said)
+                case "/raw":
+                    begin, piece, size = self.raw[value]
+                    writer.write(begin)
+                    await self._repeat(piece, size // len(piece), writer)
+                    raise ConnectionResetError
                 case "/hang":
                     writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\npart")
                     await reader.read(1)  # until the other side goes away
@@ -76,6 +106,14 @@ class CrowdBackend:
             await writer.drain()
         finally:
             self.busy -= 1
+
+    async def _repeat(self, piece: bytes, count: int, writer: asyncio.StreamWriter) -> None:
+        at_once = max(1, 65536 // len(piece))
+        while count > 0:
+            writer.write(piece * min(count, at_once))
+            await writer.drain()
+            self.sent += len(piece) * min(count, at_once)
+            count -= at_once
 
     async def _send(self, size: int, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
@@ -107,6 +145,17 @@ class CrowdBackend:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(said) + said)
 
 
+async def _count_chunked(reader: asyncio.StreamReader) -> int:
+    """How many bytes are in a chunked body."""
+    count = 0
+    while size := int((await reader.readuntil(b"\r\n")).partition(b";")[0], 16):
+        await reader.readexactly(size + 2)
+        count += size
+    while await reader.readuntil(b"\r\n") != b"\r\n":
+        pass
+    return count
+
+
 def _matches(data: bytes, position: int) -> bool:
     """Whether ``data`` is what comes at ``position`` of a body."""
     while data:
@@ -118,8 +167,8 @@ def _matches(data: bytes, position: int) -> bool:
 
 
 @asynccontextmanager
-async def crowd_backend() -> AsyncIterator[CrowdBackend]:
-    """A running CrowdBackend."""
+async def crowd_backend(buffer: int = 0) -> AsyncIterator[CrowdBackend]:
+    """A running CrowdBackend. ``buffer`` bounds what its kernel keeps of each connection, each way."""
     backend = CrowdBackend()
     tasks: set[asyncio.Task[None]] = set()
 
@@ -128,7 +177,9 @@ async def crowd_backend() -> AsyncIterator[CrowdBackend]:
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
-    server = await asyncio.start_server(accept, "127.0.0.1", 0, backlog=2048)
+    listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+    _bound(listener, buffer)
+    server = await asyncio.start_server(accept, sock=listener, backlog=2048)
     backend.port = server.sockets[0].getsockname()[1]
     try:
         yield backend
@@ -140,11 +191,32 @@ async def crowd_backend() -> AsyncIterator[CrowdBackend]:
         await server.wait_closed()
 
 
+def _bound(sock: socket.socket, buffer: int) -> None:
+    if buffer:
+        # The loopback's segments of 64 KB make the other side's kernel keep 4 MB from the start; Ethernet's do not.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1448)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
+
+
 async def opened(
-    address: tuple[str, int], target: str, *fields: str, host: str = "app.localhost", method: str = "GET"
+    address: tuple[str, int],
+    target: str,
+    *fields: str,
+    host: str = "app.localhost",
+    method: str = "GET",
+    buffer: int = 0,
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A connection on which a request's head has been sent."""
-    reader, writer = await asyncio.open_connection(*address)
+    """A connection on which a request's head has been sent. ``buffer`` bounds what its kernel keeps, each way."""
+    sock = socket.socket()
+    try:
+        sock.setblocking(False)
+        _bound(sock, buffer)
+        await asyncio.get_running_loop().sock_connect(sock, address)
+        reader, writer = await asyncio.open_connection(sock=sock)
+    except BaseException:
+        sock.close()
+        raise
     lines = (f"{method} {target} HTTP/1.1", f"Host: {host}", *fields, "", "")
     writer.write("\r\n".join(lines).encode())
     return reader, writer
@@ -208,3 +280,68 @@ async def until(condition: Callable[[], object], limit: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"it did not come true within {limit:g} s"
         await asyncio.sleep(0.005)
+
+
+async def settled(count: Callable[[], int], limit: float = 20.0, still: float = 0.5) -> None:
+    """Wait until a count has stood still for so many seconds."""
+    last, since = -1, time.monotonic()
+    deadline = since + limit
+    while time.monotonic() - since < still:
+        if count() != last or last <= 0:
+            last, since = count(), time.monotonic()
+        assert time.monotonic() < deadline, f"it did not stand still within {limit:g} s"
+        await asyncio.sleep(0.02)
+
+
+class SlowVisitor:
+    """Downloads at 10 kB/s; ``buffer`` is what its kernel may hold for it, 0 for as much as the kernel likes."""
+
+    def __init__(self, buffer: int = 0) -> None:
+        self._buffer = buffer
+        self.received = 0
+        self.intact = True
+
+    async def run(self, address: tuple[str, int], size: int) -> None:
+        reader, writer = await opened(address, f"/down?{size}", buffer=self._buffer)
+        try:
+            await read_head(reader)
+            while True:
+                data = await reader.readexactly(1000)
+                self.intact = self.intact and _matches(data, self.received % len(PATTERN))
+                self.received += len(data)
+                await asyncio.sleep(0.1)
+        finally:
+            writer.transport.abort()
+
+
+class Uploader:
+    """Uploads as fast as it may to a backend that reads at 10 kB/s; ``buffer`` as for SlowVisitor."""
+
+    def __init__(self, buffer: int = 0) -> None:
+        self._buffer = buffer
+        self.taken = 0
+        "bytes that its socket has taken"
+
+    async def run(self, address: tuple[str, int], size: int) -> None:
+        _, writer = await opened(address, "/up?10000", f"Content-Length: {size}", method="POST", buffer=self._buffer)
+        try:
+            while True:
+                writer.write(PATTERN)
+                await writer.drain()
+                self.taken += len(PATTERN)
+        finally:
+            writer.transport.abort()
+
+
+async def times_of_fifty(address: tuple[str, int], turns: int = 2) -> list[float]:
+    """50 visitors at once, each with some requests in turn that take 20 ms; the seconds of all."""
+
+    async def visitor() -> list[float]:
+        seconds = []
+        for _ in range(turns):
+            status, body, took = await fetch(address, "/slow?20", limit=10)
+            assert (status, body) == (200, b"ok")
+            seconds.append(took)
+        return seconds
+
+    return [took for each in await asyncio.gather(*(visitor() for _ in range(50))) for took in each]

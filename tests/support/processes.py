@@ -126,8 +126,23 @@ class Process:
 
     def resident(self) -> int:
         """Bytes of memory in use."""
+        return self._memory("VmRSS")
+
+    def peak(self) -> int:
+        """The most bytes of memory that it has had in use since ``forget_peak``."""
+        return self._memory("VmHWM")
+
+    def forget_peak(self) -> None:
+        Path(f"/proc/{self.pid}/clear_refs").write_text("5")
+
+    def busy(self) -> float:
+        """Seconds of processor time that it has used."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def _memory(self, name: str) -> int:
         status = Path(f"/proc/{self.pid}/status").read_text()
-        found = re.search(r"^VmRSS:\s+(\d+) kB", status, re.M)
+        found = re.search(rf"^{name}:\s+(\d+) kB", status, re.M)
         assert found
         return int(found[1]) * 1024
 

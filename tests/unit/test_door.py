@@ -448,3 +448,11 @@ def test_tiny_chunks_pass_and_extensions_without_end_do_not() -> None:
     assert len(body) == 40000
     with pytest.raises(TunnelError):
         read(parser, [head, *[b"1;" + b"e" * 100 + b"\r\nx\r\n"] * 2000])
+
+
+def test_trailer_field_too_many_is_refused_before_the_section_ends() -> None:
+    parser = DoorParser(VisitorLimits(head_fields=10))
+    parser.feed(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
+    with pytest.raises(TunnelError) as caught:
+        parser.feed(b"0\r\n" + b"a: b\r\n" * 12)
+    assert caught.value.code is ErrorCode.HEAD_TOO_LARGE
