@@ -160,14 +160,20 @@ async def test_bodies_that_stop_are_408_and_those_that_drip_cost_an_exchange_eac
 
 
 async def test_two_thousand_idle_connections_are_closed_in_time(site: Site) -> None:
+    # Whoever connects and then has to wait for the test's own event loop is late with its head.
+    gate = asyncio.Semaphore(50)
+
     async def silent() -> None:
-        reader, writer = await asyncio.open_connection(*site.address)
+        async with gate:
+            reader, writer = await asyncio.open_connection(*site.address)
         assert await ending(reader) == b""
         writer.transport.abort()
 
     async def done() -> None:
-        reader, writer = await opened(site.address, "/once")
-        assert (await ending(reader)).endswith(b"\r\n\r\n/once")
+        async with gate:
+            reader, writer = await opened(site.address, "/once")
+            assert (await read_head(reader)).startswith(b"HTTP/1.1 200 ")
+        assert await ending(reader) == b"/once"
         writer.transport.abort()
 
     async with site.attacked("2000 idle connections", 64 * MB):
