@@ -38,6 +38,7 @@ __all__ = [
     "CertificatePaths",
     "Description",
     "Ensured",
+    "Issuer",
     "TrustError",
     "authority_pin",
     "check_pair",
@@ -317,6 +318,19 @@ def describe(certificate: x509.Certificate, now: datetime, authorities: Sequence
     )
 
 
+class Issuer:
+    """A directory's CA, read once, and the certificates for single names that it signs into memory."""
+
+    def __init__(self, directory: Path, now: datetime) -> None:
+        """Raises TrustError."""
+        self._authority = _Authority.load(directory, now)
+
+    def issue(self, name: str, now: datetime, *, days: int = SERVER_DAYS) -> bytes:
+        """A certificate for ``name`` and its key, PEM, in less than a millisecond. Raises TrustError, ValueError."""
+        certificate, key = _sign(self._authority, [_parse_name(name)], days, now)
+        return certificate.public_bytes(Encoding.PEM) + _private_bytes(key)
+
+
 # Making certificates.
 
 
@@ -362,6 +376,14 @@ def _make_authority(directory: Path, common_name: str, days: int, now: datetime)
 def _issue(
     authority: _Authority, names: list[x509.GeneralName], days: int, paths: CertificatePaths, now: datetime
 ) -> None:
+    certificate, key = _sign(authority, names, days, now)
+    private_directory(paths.certificate.parent)
+    _write_pair(paths, certificate, key)
+
+
+def _sign(
+    authority: _Authority, names: list[x509.GeneralName], days: int, now: datetime
+) -> tuple[x509.Certificate, _PrivateKey]:
     key = ec.generate_private_key(ec.SECP256R1())
     start = max(now - CLOCK_SKEW, authority.certificate.not_valid_before_utc)
     end = min(start + timedelta(days=days), authority.certificate.not_valid_after_utc)
@@ -378,8 +400,7 @@ def _issue(
     )
     if len(certificate.public_bytes(Encoding.DER)) > SIZE_LIMIT:
         raise ValueError("these names are too many for one certificate; use a wildcard")
-    private_directory(paths.certificate.parent)
-    _write_pair(paths, certificate, key)
+    return certificate, key
 
 
 def _builder(
@@ -432,8 +453,12 @@ def _authority_identifier(authority: x509.Certificate) -> x509.AuthorityKeyIdent
 def _write_pair(paths: CertificatePaths, certificate: x509.Certificate, key: _PrivateKey) -> None:
     # Two files cannot be replaced at once. Who reads in between, and a crash in between, sees two that do not belong
     # together: check_pair says so, and ensure_server_certificate mends it.
-    write_private(paths.key, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    write_private(paths.key, _private_bytes(key))
     write_private(paths.certificate, certificate.public_bytes(Encoding.PEM))
+
+
+def _private_bytes(key: _PrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
 # Reading and judging them.

@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from quictunnel.trust.certificates import (
+    Issuer,
     TrustError,
     authority_pin,
     check_pair,
@@ -164,6 +165,40 @@ def test_a_ca_that_cannot_be_is_not_made(directory: Path, arguments: dict[str, A
     with pytest.raises(ValueError):
         init(directory, now=NOW, **arguments)
     assert not directory.exists()
+
+
+def test_a_certificate_for_one_name_stays_in_memory(directory: Path) -> None:
+    ca = load(init(directory, now=NOW))
+    before = {path: path.read_bytes() for path in directory.iterdir()}
+    issuer = Issuer(directory, NOW)
+    pem = issuer.issue("app.localhost", NOW)
+    leaf = x509.load_pem_x509_certificate(pem)
+    leaf.verify_directly_issued_by(ca)
+    assert describe(leaf, NOW).names == ("app.localhost",)
+    assert extension(leaf, x509.ExtendedKeyUsage) == x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
+    assert leaf.not_valid_before_utc < NOW < leaf.not_valid_after_utc == leaf.not_valid_before_utc + 90 * DAY
+    key = load_pem_private_key(pem, None)
+    assert key.public_key() == leaf.public_key()
+    assert issuer.issue("app.localhost", NOW) != pem, "no key is for two certificates"
+    assert {path: path.read_bytes() for path in directory.iterdir()} == before
+
+
+def test_a_certificate_in_memory_never_outlives_its_ca(directory: Path) -> None:
+    ca = load(init(directory, days=10, now=NOW))
+    leaf = x509.load_pem_x509_certificate(Issuer(directory, NOW).issue("app.localhost", NOW))
+    assert leaf.not_valid_after_utc == ca.not_valid_after_utc
+
+
+@pytest.mark.parametrize("name", ["", "a b", "*.localhost", "a..b"])
+def test_no_certificate_is_made_for_what_is_no_name(directory: Path, name: str) -> None:
+    init(directory, now=NOW)
+    with pytest.raises(ValueError):
+        Issuer(directory, NOW).issue(name, NOW)
+
+
+def test_an_issuer_without_a_ca_is_told(directory: Path) -> None:
+    with pytest.raises(TrustError, match=r"ca\.pem"):
+        Issuer(directory, NOW)
 
 
 # Renewal.
