@@ -44,6 +44,7 @@ class Http2VisitorConnection(VisitorOutput):
 
     __slots__ = (
         "_forwarding",
+        "_held_to",
         "_idle_since",
         "_legs",
         "_pinged",
@@ -55,11 +56,13 @@ class Http2VisitorConnection(VisitorOutput):
         "limits",
     )
 
-    def __init__(self, listener: "VisitorListener", forwarding: Forwarding, scheme: bytes) -> None:
+    def __init__(self, listener: "VisitorListener", forwarding: Forwarding, scheme: bytes, held_to: str) -> None:
+        """``held_to`` is the host of its TLS handshake, empty for none."""
         super().__init__(listener)
         self.limits = listener.limits
         self._forwarding = forwarding
         self._scheme = scheme
+        self._held_to = held_to
         self._idle_since = self._loop.time()
         self._session = Http2Session(
             self,
@@ -215,7 +218,7 @@ class Http2VisitorConnection(VisitorOutput):
         fields = self._forwarding.apply(end_to_end(request.fields), request.authority, request.version)
         head = RequestHead(request.method, self._scheme, request.authority, request.target, fields, request.body)
         leg.begin(head, request.host, request.version, request.tunnel, keep_alive=True)
-        self._listener.begin(head, leg)
+        self._listener.begin(head, leg, self._held_to)
         leg.peer.receive(head)
         if not request.body:
             leg.hand_end([])

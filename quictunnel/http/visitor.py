@@ -8,10 +8,12 @@ from email.utils import formatdate
 from typing import Final, TypeAlias
 
 from quictunnel.http.limits import VisitorLimits
+from quictunnel.http.tls import asked_host
 from quictunnel.http.visitor_connection import VisitorConnection
 from quictunnel.http.visitor_leg import VisitorLeg
 from quictunnel.http.visitor_output import VisitorOutput
 from quictunnel.wire.credit import WindowBudget
+from quictunnel.wire.errors import ErrorCode, TunnelError
 from quictunnel.wire.fields import Forwarding
 from quictunnel.wire.frames import RequestHead
 
@@ -145,10 +147,23 @@ class VisitorListener:
         if not self._connections:
             self._empty.set()
 
-    def begin(self, head: RequestHead, leg: VisitorLeg) -> None:
-        """A request has come."""
+    def held_to(self, address: str, transport: asyncio.BaseTransport) -> str:
+        """The one host that a connection may ask for, empty for any: that of its handshake.
+
+        A trusted proxy names the server that it dialled, not what its own visitors ask for (RFC 9110 section 7.4).
+        """
+        host = asked_host(transport.get_extra_info("ssl_object"))
+        return "" if host and self._trusted and self._is_trusted(address) else host
+
+    def begin(self, head: RequestHead, leg: VisitorLeg, held_to: str) -> None:
+        """A request has come, on a connection that is held to that host."""
         self.in_flight += 1
-        self._open_exchange(head, leg)
+        if held_to and leg.host != held_to:
+            # Its certificate may be good for both (a wildcard): then another handshake is all that is missing, and any
+            # client may do that, whatever the method (RFC 9110 section 15.5.20).
+            leg.abort(TunnelError(ErrorCode.MISDIRECTED, f"This TLS connection is for {ascii(held_to)[1:-1]}."))
+        else:
+            self._open_exchange(head, leg)
 
     def done(self, leg: VisitorLeg) -> None:
         """An exchange is over."""

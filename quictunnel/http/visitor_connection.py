@@ -53,6 +53,7 @@ class VisitorConnection(VisitorOutput):
         "_departure",
         "_eof",
         "_forwarding",
+        "_held_to",
         "_leg",
         "_linger_left",
         "_lingering",
@@ -74,6 +75,7 @@ class VisitorConnection(VisitorOutput):
         self._forwarding = cast(Forwarding, None)
         self._scheme = b"http"
         self._unread: bytes | None = b""  # the first bytes, until they tell which HTTP this is
+        self._held_to = ""  # the host of its TLS handshake
 
         # what the visitor may still send
         self._reading = True
@@ -106,7 +108,9 @@ class VisitorConnection(VisitorOutput):
         if transport.get_extra_info("sslcontext") is not None:
             self._scheme = b"https"
         peer = transport.get_extra_info("peername")
-        self._forwarding = listener.forwarding(peer[0] if isinstance(peer, tuple) else "", self._scheme)
+        address = peer[0] if isinstance(peer, tuple) else ""
+        self._forwarding = listener.forwarding(address, self._scheme)
+        self._held_to = listener.held_to(address, transport)
         self._parser.secure = self._scheme == b"https" or self._forwarding.trusted
         self.deadline = self._loop.time() + listener.limits.head_time
         if not listener.admit(self):
@@ -193,7 +197,7 @@ class VisitorConnection(VisitorOutput):
     def _become_http2(self, data: bytes) -> None:
         """Give the socket, and what was read from it, to a connection of the other version."""
         self._closing = True
-        connection = Http2VisitorConnection(self._listener, self._forwarding, self._scheme)
+        connection = Http2VisitorConnection(self._listener, self._forwarding, self._scheme, self._held_to)
         self._listener.replace(self, connection)
         self._parser.close()
         self._transport.set_protocol(connection)
@@ -258,7 +262,7 @@ class VisitorConnection(VisitorOutput):
         self.deadline = inf
         if self._eof:
             self._departure = Departure(self, leg)
-        self._listener.begin(head, leg)
+        self._listener.begin(head, leg, self._held_to)
         leg.peer.receive(head)
 
     def _hand_over(self) -> None:

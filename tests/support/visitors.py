@@ -7,6 +7,7 @@ from ipaddress import ip_network
 from typing import Any
 
 from quictunnel.exchange import Leg, join
+from quictunnel.http.tls import VisitorSocket
 from quictunnel.http.visitor import VisitorLeg, VisitorLimits, VisitorListener
 from quictunnel.http.visitor_connection import VisitorConnection
 from quictunnel.wire.errors import TunnelError
@@ -29,28 +30,27 @@ class FakeSocket:
         self.options.append(value)
 
 
-class FakeTls:
-    """As much of an SSLObject as the connection asks for."""
+class FakeTls(VisitorSocket):
+    """The outcome of a handshake, without one."""
 
-    def __init__(self, alpn: str | None = "http/1.1") -> None:
-        self.alpn = alpn
+    alpn: str
 
-    def selected_alpn_protocol(self) -> str | None:
+    def selected_alpn_protocol(self) -> str:
         return self.alpn
 
 
 class FakeTransport(asyncio.Transport):
     """A transport that keeps what is written; ``taken`` False leaves it in the buffer."""
 
-    def __init__(self, peer: object = ("192.0.2.7", 5555), *, tls: bool = False) -> None:
-        super().__init__(
-            {
-                "peername": peer,
-                "sslcontext": object() if tls else None,
-                "ssl_object": FakeTls() if tls else None,
-                "socket": FakeSocket(),
-            }
-        )
+    def __init__(
+        self, peer: object = ("192.0.2.7", 5555), *, tls: bool = False, asked: str = "", alpn: str = "http/1.1"
+    ) -> None:
+        extra: dict[str, object] = {"peername": peer, "socket": FakeSocket()}
+        if tls:
+            handshake = FakeTls.__new__(FakeTls)
+            handshake.server_name, handshake.alpn = asked, alpn
+            extra |= {"sslcontext": object(), "ssl_object": handshake}
+        super().__init__(extra)
         self.tls = tls
         self.protocol: VisitorConnection | None = None
         self.writes: list[bytes] = []
@@ -193,11 +193,11 @@ class Edge:
         return self.peers[-1]
 
     def connect(
-        self, peer: object = ("192.0.2.7", 5555), *, tls: bool = False
+        self, peer: object = ("192.0.2.7", 5555), *, tls: bool = False, asked: str = ""
     ) -> tuple[VisitorConnection, FakeTransport]:
-        """A new connection of a visitor."""
+        """A new connection of a visitor, who ``asked`` for that host in its TLS handshake."""
         connection = VisitorConnection(self.listener)
-        transport = FakeTransport(peer, tls=tls)
+        transport = FakeTransport(peer, tls=tls, asked=asked)
         transport.protocol = connection
         connection.connection_made(transport)
         return connection, transport

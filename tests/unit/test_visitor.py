@@ -120,6 +120,71 @@ async def test_an_https_url_may_be_asked_for_over_tls_or_by_a_trusted_proxy() ->
             assert transport.written.startswith(b"HTTP/1.1 421 ") is (seen == 0)
 
 
+@pytest.mark.parametrize("host", [b"app.localhost", b"app.localhost:8443", b"APP.LocalHost.", b"app.localhost.:1"])
+async def test_the_host_of_the_handshake_is_served_however_it_is_written(host: bytes) -> None:
+    with edge() as site:
+        connection, _ = site.connect(tls=True, asked="app.localhost")
+        connection.data_received(b"GET / HTTP/1.1\r\nHost: %b\r\n\r\n" % host)
+        assert site.peer.head.authority == host
+
+
+@pytest.mark.parametrize("asked", ["", "app.localhost"])
+async def test_without_tls_or_a_name_in_the_handshake_any_host_is_served(asked: str) -> None:
+    with edge() as site:
+        connection, _ = site.connect(tls=not asked, asked=asked)
+        connection.data_received(GET)
+        assert site.peer.head.authority == b"a"
+
+
+@pytest.mark.parametrize(
+    "request_head",
+    [
+        b"GET / HTTP/1.1\r\nHost: other.localhost\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x.app.localhost\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: app.localhost.example\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: [::1]\r\n\r\n",
+        b"GET https://other.localhost/ HTTP/1.1\r\nHost: other.localhost\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: other.localhost\r\nX-Tunnel-Session: app\r\n\r\n",
+        b"GET / HTTP/1.0\r\nConnection: keep-alive\r\nX-Tunnel-Session: other\r\n\r\n",
+    ],
+)
+async def test_another_host_than_that_of_the_handshake_is_refused_and_the_connection_goes_on(
+    request_head: bytes,
+) -> None:
+    with edge() as site:
+        connection, transport = site.connect(tls=True, asked="app.localhost")
+        connection.data_received(request_head)
+        assert not site.legs, "nobody may hear of it"
+        assert b" 421 Misdirected Request\r\n" in transport.written
+        assert b"\r\nproxy-status: quictunnel; error=http_request_error" in transport.written
+        assert not transport.closed
+        connection.data_received(b"GET / HTTP/1.1\r\nHost: app.localhost\r\n\r\n")
+        assert site.peer.head.authority == b"app.localhost"
+        site.peer.reply()
+        assert [leg.status for leg in site.done] == [421, 200]
+        assert site.listener.in_flight == 0
+
+
+async def test_a_misdirected_upload_is_refused_at_once() -> None:
+    """Its rest is not waited for, so the connection cannot go on."""
+    with edge() as site:
+        connection, transport = site.connect(tls=True, asked="app.localhost")
+        connection.data_received(upload(10) + b"hello")
+        assert not site.legs
+        assert b" 421 Misdirected Request\r\n" in transport.written
+        assert b"\r\nconnection: close\r\n" in transport.written
+
+
+async def test_a_trusted_proxy_may_ask_for_any_host() -> None:
+    """It names the server that it dials; its own visitors ask for other hosts."""
+    with edge() as site:
+        connection, _ = site.connect(("10.1.2.3", 1), tls=True, asked="tunnel.internal")
+        connection.data_received(GET)
+        assert site.peer.head.authority == b"a"
+
+
 @pytest.mark.parametrize("peer", [None, "", ("unix", 1)])
 async def test_a_visitor_without_an_address_is_unknown(peer: object) -> None:
     with edge() as site:
