@@ -7,17 +7,18 @@ kept in memory. Whoever asks for anything else, or for nothing, is shown the ser
 
 import os
 import ssl
+import sys
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final
 
 from loguru import logger
 
-__all__ = ["ALPN", "LEAVES", "VisitorSocket", "VisitorTls", "asked_host"]
+__all__ = ["ALPN", "LEAVES", "VisitorSocket", "VisitorTls", "asked_host", "quiet_names"]
 
 ALPN: Final = ("http/1.1",)
 "what visitors may speak (RFC 7301), the best first"
@@ -107,6 +108,27 @@ class VisitorTls:
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(path)
+
+
+@contextmanager
+def quiet_names() -> Iterator[None]:
+    """Keep server names outside ASCII off the process's standard error.
+
+    Python refuses such a handshake before ``sni_callback`` is called, and prints a traceback that nobody can catch.
+    """
+    before = sys.unraisablehook
+
+    def hook(raised: Any) -> None:
+        if isinstance(raised.object, bytes) and isinstance(raised.exc_value, UnicodeDecodeError):
+            logger.debug("= no TLS with a visitor: it asked for {!a}", raised.object[:80])
+        else:
+            before(raised)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _context(certificate: str, key: str) -> ssl.SSLContext:

@@ -1,9 +1,26 @@
 """TLS clients and servers in memory and on sockets: a CA of one's own, and handshakes that are shown step by step."""
 
+import asyncio
+import importlib.util
 import ssl
+from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["client_context", "handshake"]
+import pytest
+
+__all__ = ["LOOPS", "client_context", "client_hello", "handshake"]
+
+
+def _loops() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    if importlib.util.find_spec("uvloop") is None:
+        return {"asyncio": asyncio.SelectorEventLoop}
+    import uvloop
+
+    return {"asyncio": asyncio.SelectorEventLoop, "uvloop": uvloop.new_event_loop}
+
+
+LOOPS = [pytest.param(make, id=name) for name, make in _loops().items()]
+"ways to make an event loop, as parameters of a test"
 
 
 def client_context(authority: Path | str, *alpn: str) -> ssl.SSLContext:
@@ -30,3 +47,12 @@ def handshake(
             except ssl.SSLWantReadError:
                 pass
     return server, client
+
+
+def client_hello(name: str) -> bytes:
+    """The first bytes of a client that asks for that name."""
+    upward = ssl.MemoryBIO()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    with pytest.raises(ssl.SSLWantReadError):
+        context.wrap_bio(ssl.MemoryBIO(), upward, server_hostname=name).do_handshake()
+    return upward.read()

@@ -1,10 +1,10 @@
 """Which certificate visitors are shown, and what is kept of their handshakes."""
 
 import asyncio
-import importlib.util
 import os
 import ssl
 import stat
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -19,15 +19,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from quictunnel.http import tls
-from quictunnel.http.tls import ALPN, VisitorTls, asked_host
+from quictunnel.http.tls import ALPN, VisitorTls, asked_host, quiet_names
 from quictunnel.trust.certificates import Issuer, ensure_server_certificate, issue
-from tests.support.tls import client_context, handshake
-
-LOOPS = [asyncio.SelectorEventLoop]
-if importlib.util.find_spec("uvloop") is not None:
-    import uvloop
-
-    LOOPS.append(uvloop.new_event_loop)
+from tests.support.tls import LOOPS, client_context, client_hello, handshake
 
 
 class Site:
@@ -229,6 +223,25 @@ def test_every_spelling_of_a_name_is_one_and_an_address_is_none(name: str, host:
     assert tls._host(name) == host
 
 
+def test_a_name_outside_ascii_is_refused_without_a_traceback(
+    site: Site, log_lines: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)  # pytest's own would fail the test
+
+    def shake_hands() -> None:
+        upward = ssl.MemoryBIO()
+        upward.write(client_hello("xxx.localhost").replace(b"xxx", b"\xff\n\xfe"))
+        with pytest.raises(ssl.SSLError):
+            site.tls.context.wrap_bio(upward, ssl.MemoryBIO(), server_side=True).do_handshake()
+
+    with quiet_names():
+        shake_hands()
+    assert capfd.readouterr().err == ""
+    assert log_lines == ["DEBUG = no TLS with a visitor: it asked for b'\\xff\\n\\xfe.localhost'"]
+    shake_hands()
+    assert "UnicodeDecodeError" in capfd.readouterr().err, "or there is nothing to be quiet about any more"
+
+
 @pytest.mark.parametrize("thing", [None, object(), 3])
 def test_what_is_no_handshake_has_asked_for_nothing(thing: object) -> None:
     assert asked_host(thing) == ""
@@ -251,7 +264,7 @@ def test_a_resumed_session_keeps_its_host(site: Site, version: ssl.TLSVersion) -
     assert asked_host(again) == "app.localhost"
 
 
-@pytest.mark.parametrize("make", LOOPS, ids=["asyncio", "uvloop"][: len(LOOPS)])
+@pytest.mark.parametrize("make", LOOPS)
 def test_a_transport_shows_the_host_on_every_event_loop(
     site: Site, make: Callable[[], asyncio.AbstractEventLoop]
 ) -> None:
