@@ -121,6 +121,7 @@ def _parse_authority(value: object) -> Path | Literal["system"]:
 
 
 Listen = Annotated[Address, BeforeValidator(parse_listen_address), Option("HOST:PORT")]
+ListenToo = Annotated[Address | None, _optional(parse_listen_address), Option("HOST:PORT")]
 Dial = Annotated[
     Address | None, _optional(lambda value: parse_address(value, DEFAULT_QUIC_PORT)), Option("HOST[:PORT]")
 ]
@@ -168,6 +169,7 @@ class ServeSettings(LogSettings):
     http: Listen = _default(
         "127.0.0.1:8080", "where visitors come in; 0.0.0.0:8080 is port 8080 on every address of this machine"
     )
+    https: ListenToo = _default(None, "where visitors come in by TLS, beside --http (default: nowhere)")
     quic: Listen = _default(f"127.0.0.1:{DEFAULT_QUIC_PORT}", "where clients come in (UDP)")
     domain: Annotated[str, BeforeValidator(parse_domain), Option("NAME")] = _default(
         "localhost", "tunnels are reached as NAME.DOMAIN"
@@ -224,6 +226,12 @@ class ServeSettings(LogSettings):
             raise ValueError("--cert and --key belong together: give both")
         if self.ca is not None and self.cert is None:
             raise ValueError("--ca goes with --cert and --key: without them the server makes its own CA")
+        return self
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> "ServeSettings":
+        if self.https == self.http and self.http.port:
+            raise ValueError(f"--https and --http are both {self.http}: each needs a port of its own")
         return self
 
 

@@ -9,6 +9,7 @@ from typing import Final, NamedTuple
 from loguru import logger
 
 from quictunnel.app.process import calm_collector, raise_file_limit, say, stop_signals
+from quictunnel.http.tls import quiet_names
 from quictunnel.http.visitor import VisitorLimits
 from quictunnel.log import AccessLog
 from quictunnel.options import CommandError
@@ -17,7 +18,7 @@ from quictunnel.quic.sockets import settle
 from quictunnel.server.registry import RegistryLimits
 from quictunnel.server.server import Server, ServerConfig
 from quictunnel.settings import ServeSettings
-from quictunnel.trust.certificates import check_pair, ensure_server_certificate, load_authorities, show
+from quictunnel.trust.certificates import Issuer, check_pair, ensure_server_certificate, load_authorities, show
 from quictunnel.trust.files import TrustError, private_directory, write_private
 from quictunnel.trust.join import LOCAL_JOIN, JoinString
 from quictunnel.trust.tokens import TokenRefused, TokenStore
@@ -39,6 +40,9 @@ class Identity(NamedTuple):
 
     pin: bytes | None
 
+    issuer: Issuer | None
+    "of certificates for single tunnels, where the server's own cannot be for all of them"
+
 
 async def serve(settings: ServeSettings) -> int:
     """Run a server until told to stop; the exit status. Raises CommandError, OSError and TrustError at the start."""
@@ -50,7 +54,7 @@ async def serve(settings: ServeSettings) -> int:
     identity = identity_of(settings, settings.quic[0])
     access = AccessLog(settings.log_format, enabled=settings.log_level in ("trace", "debug", "info"))
     server = make_server(settings, engine, tokens, identity, access)
-    with stop_signals() as stopped:
+    with stop_signals() as stopped, quiet_names():
         await server.start()
         announce(settings, engine, tokens, identity, server)
         calm_collector()
@@ -81,14 +85,16 @@ def identity_of(settings: ServeSettings, quic_host: str) -> Identity:
         if ensured.changed:
             logger.info("issued the server certificate {}: {}", ensured.certificate, ensured.reason)
         files = ServerIdentity(str(ensured.certificate), str(ensured.key))
-        return Identity(files, ensured.authority.read_text("ascii"), ensured.pin)
+        # No wildcard is for the names below a domain of one label: see http.tls.
+        issuer = Issuer(settings.state_dir, now) if settings.https is not None and "." not in settings.domain else None
+        return Identity(files, ensured.authority.read_text("ascii"), ensured.pin, issuer)
     described = check_pair(settings.cert, settings.key, now)
     if described.days_left < 14:
         logger.warning("the certificate {} has {} days left", settings.cert, described.days_left)
     files = ServerIdentity(str(settings.cert), str(settings.key))
     if settings.ca is None:
-        return Identity(files, "", None)
-    return Identity(files, load_authorities(settings.ca, now).decode("ascii"), show(settings.ca)[0].pin)
+        return Identity(files, "", None, None)
+    return Identity(files, load_authorities(settings.ca, now).decode("ascii"), show(settings.ca)[0].pin, None)
 
 
 def make_server(
@@ -97,10 +103,12 @@ def make_server(
     """A server of these settings, not yet started. Raises CommandError."""
     config = ServerConfig(
         http=(settings.http[0], settings.http[1]),
+        https=settings.https,
         quic=(settings.quic[0], settings.quic[1]),
         domain=settings.domain,
         identity=identity.files,
         authority=identity.authority,
+        issuer=identity.issuer,
         default_tunnel=settings.default_tunnel_allowed,
         trusted_proxies=tuple(settings.trusted_proxies),
         retry=settings.retry,
@@ -127,7 +135,8 @@ def announce(settings: ServeSettings, engine: Engine, tokens: TokenStore, identi
     """Print the facts that a script may wait for, and the line to paste on the other machine."""
     address = _dialled_address(settings, server.quic_address)
     http = _joined(*server.http_address)
-    say(f"ready http={http} quic={_joined(*server.quic_address)} domain={settings.domain} engine={engine.name}")
+    facts = f"http={http} quic={_joined(*server.quic_address)} domain={settings.domain} engine={engine.name}"
+    say(f"ready {facts}" + (f" https={_joined(*server.https_address)}" if server.https_address is not None else ""))
     say(f"visitors find a tunnel at {server.public_urls('NAME')[0]}")
     if identity.pin is None:
         say(f"clients connect with: quictunnel connect 3000 --server {address} --ca system --token TOKEN")
@@ -159,19 +168,23 @@ async def _renew(settings: ServeSettings, server: Server) -> None:
     while True:
         await asyncio.sleep(_RENEWAL_CHECK)
         try:
-            server.replace_identity(identity_of(settings, settings.quic[0]).files)
+            identity = identity_of(settings, settings.quic[0])
+            server.replace_identity(identity.files, identity.issuer)
         except (OSError, ValueError, TrustError) as error:
             logger.error("cannot renew the server certificate: {}", error)
 
 
 def _names(settings: ServeSettings, quic_host: str) -> list[str]:
-    """What the server's certificate is for: every name and address that clients may dial."""
+    """What the server's certificate is for: every name and address that clients, and visitors by TLS, may dial."""
     names = ["localhost", "127.0.0.1", "::1"]
     if settings.domain != "localhost":
-        names += [settings.domain, f"*.{settings.domain}"]
+        names.append(settings.domain)
+    if "." in settings.domain:
+        names.append(f"*.{settings.domain}")
     if settings.advertise is not None:
         names.append(settings.advertise[0])
-    names.append(quic_host if quic_host not in _WILDCARDS else _outward_address())
+    hosts = [quic_host] if settings.https is None else [quic_host, settings.https.host]
+    names += [host if host not in _WILDCARDS else _outward_address() for host in hosts]
     return list(dict.fromkeys(names))
 
 

@@ -2,13 +2,13 @@
 
 import asyncio
 import ipaddress
-import ssl
 from collections.abc import Callable, Iterable
 from email.utils import formatdate
 from typing import Final, TypeAlias
 
+from quictunnel.http.handshakes import TlsListener
 from quictunnel.http.limits import VisitorLimits
-from quictunnel.http.tls import asked_host
+from quictunnel.http.tls import VisitorTls, asked_host
 from quictunnel.http.visitor_connection import VisitorConnection
 from quictunnel.http.visitor_leg import VisitorLeg
 from quictunnel.http.visitor_output import VisitorOutput
@@ -59,7 +59,7 @@ class VisitorListener:
         self.date = b""
         self.loop = asyncio.get_running_loop()
         self._trusted = tuple(trusted_proxies)
-        self._servers: list[asyncio.Server] = []
+        self._servers: list[asyncio.Server | TlsListener] = []
         self._connections: set[VisitorOutput] = set()
         self._unflushed: list[VisitorOutput] = []
         self._empty = asyncio.Event()
@@ -77,20 +77,24 @@ class VisitorListener:
         return len(self._connections)
 
     async def start(
-        self, host: str, port: int, *, ssl: ssl.SSLContext | None = None, reuse_port: bool = False
+        self, host: str, port: int, *, tls: VisitorTls | None = None, reuse_port: bool = False
     ) -> list[tuple[str, int]]:
         """Listen on one more address; the addresses bound, more than one for a host that has several.
 
         Raises OSError for an address that cannot be bound.
         """
+        if tls is not None:
+            listener = TlsListener(
+                tls,
+                lambda: VisitorConnection(self),
+                handshake_time=self.limits.head_time,
+                shutdown_time=self.limits.write_idle_time,
+                is_full=lambda: len(self._connections) >= self.limits.connections + _TOLD,
+            )
+            self._servers.append(listener)
+            return await listener.start(host, port, reuse_port=reuse_port)
         server = await self.loop.create_server(
-            lambda: VisitorConnection(self),
-            host,
-            port,
-            ssl=ssl,
-            backlog=_BACKLOG,
-            reuse_port=reuse_port or None,
-            ssl_handshake_timeout=self.limits.head_time if ssl is not None else None,
+            lambda: VisitorConnection(self), host, port, backlog=_BACKLOG, reuse_port=reuse_port or None
         )
         self._servers.append(server)
         return [sock.getsockname()[:2] for sock in server.sockets]

@@ -1,7 +1,6 @@
 """A running server: the public side, the clients' side, and the two lives of a process between start and stop."""
 
 import asyncio
-import ssl
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -11,6 +10,7 @@ from typing import TypeVar
 
 from loguru import logger
 
+from quictunnel.http.tls import VisitorTls
 from quictunnel.http.visitor import VisitorLimits, VisitorListener
 from quictunnel.log import AccessLog
 from quictunnel.quic.engine import Engine, ServerIdentity
@@ -18,9 +18,11 @@ from quictunnel.quic.listen import LinkListener
 from quictunnel.server.entry import ProxyEntry
 from quictunnel.server.gate import Gate
 from quictunnel.server.registry import Registry, RegistryLimits
+from quictunnel.trust.certificates import Issuer
 from quictunnel.trust.tokens import TokenStore
 from quictunnel.wire.control import Authority
 from quictunnel.wire.credit import WindowBudget
+from quictunnel.wire.fields import tunnel_name
 
 __all__ = ["Server", "ServerConfig"]
 
@@ -33,8 +35,16 @@ class ServerConfig:
     quic: tuple[str, int]
     domain: str
     identity: ServerIdentity
+    "shown to clients, and to visitors by TLS"
+
     authority: str
     "the CA's certificate (PEM) for clients that know its pin; empty without one"
+
+    https: tuple[str, int] | None = None
+    "where visitors come in by TLS, beside ``http``"
+
+    issuer: Issuer | None = None
+    "makes certificates for tunnels of a domain whose wildcard no certificate can have"
 
     default_tunnel: bool = False
     trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = ()
@@ -79,28 +89,43 @@ class Server:
             on_done=self.entry.exchange_done,
             budget=budget,
         )
+        self._issuer = config.issuer
+        self._tls: VisitorTls | None = None
+        if config.https is not None:
+            self._tls = VisitorTls(config.identity.certificate, config.identity.key, self._issue)
         self.links = LinkListener(engine, config.identity, self.gate, budget, retry=config.retry)
         self.gate.on_accepted = self.links.accepted
         self._ticker: asyncio.TimerHandle | None = None
         self._ticks = 0
         self.http_address: tuple[str, int] = config.http
+        self.https_address: tuple[str, int] | None = config.https
         self.quic_address: tuple[str, int] = config.quic
 
-    async def start(self, *, tls: ssl.SSLContext | None = None) -> None:
-        """Bind both ports. Raises OSError with the address in its text."""
-        self.quic_address = await _bound(self.links.start(*self._config.quic), "--quic", self._config.quic)
+    async def start(self) -> None:
+        """Bind all ports. Raises OSError with the address in its text."""
+        config = self._config
+        self.quic_address = await _bound(self.links.start(*config.quic), "--quic", config.quic)
         try:
-            addresses = await _bound(self.visitors.start(*self._config.http, ssl=tls), "--http", self._config.http)
+            addresses = await _bound(self.visitors.start(*config.http), "--http", config.http)
+            self.http_address = addresses[0]
+            if config.https is not None:
+                addresses = await _bound(self.visitors.start(*config.https, tls=self._tls), "--https", config.https)
+                self.https_address = addresses[0]
         except OSError:
+            self.visitors.drain()
             self.links.close()
             raise
-        self.http_address = addresses[0][:2]
         self._tick()
 
     def public_urls(self, name: str) -> list[str]:
-        """Where visitors find the tunnel of that name."""
+        """Where visitors find the tunnel of that name, the best way first."""
+        host = f"{name}.{self._config.domain}"
         port = self.http_address[1]
-        return [f"http://{name}.{self._config.domain}" + ("" if port == 80 else f":{port}")]
+        urls = [f"http://{host}" + ("" if port == 80 else f":{port}")]
+        if self.https_address is not None:
+            port = self.https_address[1]
+            urls.insert(0, f"https://{host}" + ("" if port == 443 else f":{port}"))
+        return urls
 
     async def stop(self, grace: float) -> None:
         """Stop unnoticed: no new work, then what is under way ends within ``grace`` seconds, then the links."""
@@ -131,10 +156,22 @@ class Server:
             for session in self.registry.sessions():
                 session.retire_links()
 
-    def replace_identity(self, identity: ServerIdentity) -> None:
-        """Show a renewed certificate to clients from now on. Raises OSError and ValueError and then changes nothing."""
+    def replace_identity(self, identity: ServerIdentity, issuer: Issuer | None = None) -> None:
+        """Show a renewed certificate from now on. Raises OSError and ValueError and then changes nothing."""
+        certificate = _own_certificate(identity)
+        if self._tls is not None:
+            if certificate != self.gate.authority.server:
+                self._tls.replace(identity.certificate, identity.key, self._issue)
+            self._issuer = issuer
         self.links.replace_identity(identity)
-        self.gate.authority = Authority(self._config.authority, _own_certificate(identity))
+        self.gate.authority = Authority(self._config.authority, certificate)
+
+    def _issue(self, host: str) -> bytes:
+        """A certificate of its own for a tunnel's host, empty for any other host."""
+        name = tunnel_name(host, self._config.domain)
+        if self._issuer is None or name is None or self.registry.tunnel(name) is None:
+            return b""
+        return self._issuer.issue(host, datetime.now(UTC))
 
 
 def _own_certificate(identity: ServerIdentity) -> str:

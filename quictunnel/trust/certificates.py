@@ -324,9 +324,10 @@ class Issuer:
     def __init__(self, directory: Path, now: datetime) -> None:
         """Raises TrustError."""
         self._authority = _Authority.load(directory, now)
+        _authority_identifier(self._authority.certificate)
 
     def issue(self, name: str, now: datetime, *, days: int = SERVER_DAYS) -> bytes:
-        """A certificate for ``name`` and its key, PEM, in less than a millisecond. Raises TrustError, ValueError."""
+        """A certificate for ``name`` and its key, PEM, in less than a millisecond. Raises ValueError."""
         certificate, key = _sign(self._authority, [_parse_name(name)], days, now)
         return certificate.public_bytes(Encoding.PEM) + _private_bytes(key)
 
