@@ -7,11 +7,11 @@ the answers it has.
 Endings, gentlest first:
 
     close     after a complete answer to a complete request
-    linger    the answer is complete and the visitor still sends: say so by a half-close, and read on for a moment,
-              because closing would make the kernel send a reset, and that can destroy the answer before it is read
-              (RFC 9112 section 9.6)
+    linger    the answer is complete and the visitor still sends: say so by a half-close (TLS has none), and read on
+              for a moment, because closing would make the kernel send a reset, and that can destroy the answer before
+              it is read (RFC 9112 section 9.6)
     cut       the answer is incomplete: an end in its middle shows that, except where the end of the connection is the
-              end of the body; there it is a reset
+              end of the body; there it is a reset. TLS says no goodbye then (RFC 8446 section 6.1)
 
 A visitor that goes away is known by its reset or the end of its bytes, so at once while bytes are read. While they are
 not, because the backend holds an upload back, a reset is looked for once a second. After a half-close see
@@ -28,7 +28,7 @@ from quictunnel.http.http1_visitor import Http1VisitorLeg
 from quictunnel.http.http2_frames import PREFACE
 from quictunnel.http.http2_visitor import Http2VisitorConnection
 from quictunnel.http.pages import error_page
-from quictunnel.http.visitor_output import VisitorOutput
+from quictunnel.http.visitor_output import WRITE_SIZE, VisitorOutput
 from quictunnel.wire.errors import ErrorCode, TunnelError
 from quictunnel.wire.fields import Forwarding, end_to_end
 from quictunnel.wire.frames import RequestHead
@@ -107,6 +107,8 @@ class VisitorConnection(VisitorOutput):
         listener = self._listener
         if transport.get_extra_info("sslcontext") is not None:
             self._scheme = b"https"
+            # What an event loop gives every other transport; for TLS it is half a megabyte each.
+            self._transport.set_write_buffer_limits(high=WRITE_SIZE)
         peer = transport.get_extra_info("peername")
         address = peer[0] if isinstance(peer, tuple) else ""
         self._forwarding = listener.forwarding(address, self._scheme)
@@ -141,8 +143,14 @@ class VisitorConnection(VisitorOutput):
         """Whether the connection stays open for writing."""
         self._eof = True
         leg = self._leg
-        if self._closing or self._scheme == b"https":
-            return False  # a TLS connection ends as a whole
+        if self._closing:
+            return False
+        if self._scheme == b"https":
+            # A TLS connection ends as a whole, and the event loop is about to say a proper goodbye.
+            if leg is not None:
+                leg.cancel(TunnelError(ErrorCode.CANCELLED, _GONE))
+                self._cut(leg)
+            return False
         if leg is None:
             return bool(self._pending)
         if self._opaque:
@@ -322,12 +330,12 @@ class VisitorConnection(VisitorOutput):
         self.flush()
         self._leave(leg)
         if leg.head is None or not self._parser.complete:
-            self._linger()
+            self._linger(leg)
         elif keep_alive and self.may_persist:
             self.deadline = self._loop.time() + self._listener.limits.idle_time
             self._continue()
         elif self._pending:
-            self._linger()
+            self._linger(leg)
         else:
             self._close()
 
@@ -411,12 +419,17 @@ class VisitorConnection(VisitorOutput):
     def _close(self) -> None:
         if not self._closing:
             self._closing = True
-            self.deadline = inf
             self._watch_writes()
-            self._transport.close()
+            self._say_goodbye()
 
-    def _linger(self) -> None:
-        if self._eof or not self._transport.can_write_eof():
+    def _say_goodbye(self) -> None:
+        self._transport.close()
+        # TLS would wait for the visitor's goodbye too; once it has everything, nobody needs that.
+        self.deadline = self._loop.time() if self._scheme == b"https" else inf
+
+    def _linger(self, leg: Http1VisitorLeg) -> None:
+        tls = self._scheme == b"https"
+        if self._eof or (tls and leg.ends_with_connection):
             self._close()
             return
         self._closing = self._lingering = True
@@ -424,16 +437,16 @@ class VisitorConnection(VisitorOutput):
         self._update_reading()
         self.deadline = self._loop.time() + _LINGER_TIME
         self._watch_writes()
-        self._transport.write_eof()
+        if not tls:  # there a goodbye is for both directions: what the visitor still sends would break it
+            self._transport.write_eof()
 
     # Time limits, and visitors that are gone
 
     def expire(self, now: float) -> None:
         if now >= self.write_deadline:
             self._expire_writes()
-        elif self._lingering:
-            if not self._transport.get_write_buffer_size():
-                self.abort()
+        elif self._closing:
+            self._expire_goodbye()
         elif self._opaque:
             self._expire_opaque()
         elif self._leg is not None:
@@ -442,6 +455,15 @@ class VisitorConnection(VisitorOutput):
             self._refuse(TunnelError(ErrorCode.REQUEST_TIMEOUT))
         else:
             self._close()
+
+    def _expire_goodbye(self) -> None:
+        if self.has_unsent:
+            return
+        if self._lingering and self._scheme == b"https":
+            self._lingering = False
+            self._say_goodbye()
+        else:
+            self.abort()
 
     @property
     def is_reading(self) -> bool:

@@ -5,18 +5,20 @@ the end of that turn otherwise. What the visitor does not take is bounded by pau
 """
 
 import asyncio
+import fcntl
 import socket
 import struct
+import termios
 from math import inf
 from typing import TYPE_CHECKING, Final, cast
 
 if TYPE_CHECKING:
     from quictunnel.http.visitor import VisitorListener
 
-__all__ = ["VisitorOutput"]
+__all__ = ["WRITE_SIZE", "VisitorOutput"]
 
 # Bytes that are not kept for the end of the turn: copying more together costs more than another write.
-_WRITE_SIZE: Final = 64 * 1024
+WRITE_SIZE: Final = 64 * 1024
 # SO_LINGER on, with no time: closing sends a reset (socket(7)).
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
@@ -73,7 +75,7 @@ class VisitorOutput(asyncio.Protocol):
         """Write these bytes of the final answer by the end of the loop's turn."""
         self._out += parts
         self._out_size += sum(map(len, parts))
-        if self._out_size >= _WRITE_SIZE:
+        if self._out_size >= WRITE_SIZE:
             self.flush()
         else:
             self.wake()
@@ -168,6 +170,20 @@ class VisitorOutput(asyncio.Protocol):
         if reset and (sock := self._socket) is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
         self._transport.abort()
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether the visitor is still to take something of what was written."""
+        if self._transport.get_write_buffer_size():
+            return True
+        sock = self._socket
+        if sock is None or self._transport.get_extra_info("sslcontext") is None:
+            return False
+        # A TLS transport does not count what it has encrypted; that waits only while the kernel's queue is not empty.
+        try:
+            return fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)) != bytes(4)
+        except OSError:
+            return False
 
     @property
     def is_reset(self) -> bool:

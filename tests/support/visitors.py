@@ -80,6 +80,9 @@ class FakeTransport(asyncio.Transport):
     def write_eof(self) -> None:
         self.eof = True
 
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        assert self.tls and high == 64 * 1024
+
     def get_write_buffer_size(self) -> int:
         return self.buffered
 

@@ -4,9 +4,7 @@ import asyncio
 import errno
 import os
 import socket
-import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 import pytest
@@ -15,77 +13,16 @@ from quictunnel.http import handshakes
 from quictunnel.http.handshakes import TlsListener
 from quictunnel.http.tls import VisitorTls
 from quictunnel.trust.certificates import Ensured, ensure_server_certificate
-from tests.support.tls import LOOPS, client_context, client_hello
-from tests.support.visitors import Edge, Peer
+from tests.support.tls import LOOPS, client_hello, run, tls_port
 
 pytestmark = pytest.mark.parametrize("make", LOOPS)
 
 Make = Callable[[], asyncio.AbstractEventLoop]
-GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
 def ensured(tmp_path_factory: pytest.TempPathFactory) -> Ensured:
     return ensure_server_certificate(tmp_path_factory.mktemp("state"), ["localhost"], datetime.now(UTC))
-
-
-class Port:
-    """A port of TLS whose visitors are all answered ``ok``."""
-
-    def __init__(self, edge: Edge, port: int, context: ssl.SSLContext) -> None:
-        self.edge = edge
-        self.port = port
-        self.context = context
-        [self.listener] = [each for each in edge.listener._servers if isinstance(each, TlsListener)]
-        self.complaints: list[str] = []
-        asyncio.get_running_loop().set_exception_handler(lambda loop, told: self.complaints.append(str(told)))
-
-    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A connection of one that says nothing yet."""
-        return await asyncio.open_connection("127.0.0.1", self.port)
-
-    async def visit(self, host: str = "127.0.0.1") -> bytes:
-        """Shake hands and ask; the status line's code."""
-        reader, writer = await asyncio.open_connection(host, self.port, ssl=self.context, server_hostname="localhost")
-        writer.write(GET)
-        line = await reader.readline()
-        writer.close()
-        await writer.wait_closed()
-        return line.split()[1]
-
-    async def until(self, question: Callable[[], bool]) -> None:
-        async with asyncio.timeout(10):
-            while not question():  # noqa: ASYNC110
-                await asyncio.sleep(0.005)
-
-
-@asynccontextmanager
-async def port(ensured: Ensured, **limits: float) -> AsyncIterator[Port]:
-    edge = Edge(**limits)
-
-    def answer(peer: Peer) -> None:
-        peer.on_frame = lambda frame: peer.reply() if peer.ended else None
-
-    edge.on_open = answer
-    tls = VisitorTls(str(ensured.certificate), str(ensured.key))
-    [(_, number)] = await edge.listener.start("127.0.0.1", 0, tls=tls)
-    made = Port(edge, number, client_context(ensured.authority))
-    try:
-        yield made
-        assert made.complaints == []
-    finally:
-        edge.listener.close()
-        await asyncio.sleep(0.01)
-    assert not made.listener
-    assert made.complaints == []
-
-
-def run(make: Make, work: Awaitable[None]) -> None:
-    async def whole() -> None:
-        await work
-
-    with asyncio.Runner(loop_factory=make) as runner:
-        runner.run(whole())
 
 
 async def closed(reader: asyncio.StreamReader) -> bytes:
@@ -99,7 +36,7 @@ async def closed(reader: asyncio.StreamReader) -> bytes:
 
 def test_a_handshake_that_never_ends_is_ended(make: Make, ensured: Ensured) -> None:
     async def work() -> None:
-        async with port(ensured, head_time=0.2) as door:
+        async with tls_port(ensured, head_time=0.2) as door:
             for first in (b"", client_hello("localhost")[:40], client_hello("localhost")):
                 reader, writer = await door.connect()
                 writer.write(first)
@@ -118,7 +55,7 @@ def test_a_flood_of_handshakes_takes_the_time_of_its_own_alone(
     monkeypatch.setattr(handshakes, "HANDSHAKES", 32)
 
     async def work() -> None:
-        async with port(ensured, head_time=60) as door:
+        async with tls_port(ensured, head_time=60) as door:
             flood = [await door.connect() for _ in range(200)]
             await door.until(lambda: len(door.listener) == 32)
             assert await door.visit() == b"200"
@@ -150,7 +87,7 @@ def test_what_is_not_tls_is_closed_without_a_word_in_the_log(
     make: Make, ensured: Ensured, garbage: bytes, log_lines: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     async def work() -> None:
-        async with port(ensured, head_time=5) as door:
+        async with tls_port(ensured, head_time=5) as door:
             reader, writer = await door.connect()
             writer.write(garbage)
             if garbage[:1] in b"\x16\x80":
@@ -170,7 +107,7 @@ def test_what_is_not_tls_is_closed_without_a_word_in_the_log(
 def test_random_bytes_after_the_handshake_end_the_connection_alone(make: Make, ensured: Ensured) -> None:
     async def work() -> None:
         loop = asyncio.get_running_loop()
-        async with port(ensured, head_time=5) as door:
+        async with tls_port(ensured, head_time=5) as door:
             raw = socket.create_connection(("127.0.0.1", door.port))
             sock = await loop.run_in_executor(None, lambda: door.context.wrap_socket(raw, server_hostname="localhost"))
             await door.until(lambda: len(door.edge.listener) == 1)
@@ -184,7 +121,7 @@ def test_random_bytes_after_the_handshake_end_the_connection_alone(make: Make, e
 
 def test_a_visitor_that_leaves_within_its_handshake_is_forgotten(make: Make, ensured: Ensured) -> None:
     async def work() -> None:
-        async with port(ensured, head_time=60) as door:
+        async with tls_port(ensured, head_time=60) as door:
             for way_out in ("end", "reset"):
                 _, writer = await door.connect()
                 writer.write(client_hello("localhost"))
@@ -202,7 +139,7 @@ def test_beyond_the_limit_of_connections_some_are_told_and_the_rest_get_no_hands
     make: Make, ensured: Ensured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def work() -> None:
-        async with port(ensured, connections=1) as door:
+        async with tls_port(ensured, connections=1) as door:
             _, held = await asyncio.open_connection(
                 "127.0.0.1", door.port, ssl=door.context, server_hostname="localhost"
             )
@@ -221,7 +158,7 @@ def test_beyond_the_limit_of_connections_some_are_told_and_the_rest_get_no_hands
 
 def test_closing_gives_up_handshakes_and_leaves_the_port_free(make: Make, ensured: Ensured) -> None:
     async def work() -> None:
-        async with port(ensured) as door:
+        async with tls_port(ensured) as door:
             reader, writer = await door.connect()
             await door.until(lambda: len(door.listener) == 1)
             # One more that has been accepted, and whose task has not begun.
@@ -251,7 +188,7 @@ def test_closing_gives_up_handshakes_and_leaves_the_port_free(make: Make, ensure
 
 def test_a_port_that_is_taken_is_an_error_and_leaves_no_socket(make: Make, ensured: Ensured) -> None:
     async def work() -> None:
-        async with port(ensured) as door:
+        async with tls_port(ensured) as door:
             tls = VisitorTls(str(ensured.certificate), str(ensured.key))
             with pytest.raises(OSError) as caught:
                 await door.edge.listener.start("127.0.0.1", door.port, tls=tls)
@@ -263,7 +200,7 @@ def test_a_port_that_is_taken_is_an_error_and_leaves_no_socket(make: Make, ensur
 
 def test_every_address_of_a_host_is_listened_to(make: Make, ensured: Ensured) -> None:
     async def work() -> None:
-        async with port(ensured) as door:
+        async with tls_port(ensured) as door:
             tls = VisitorTls(str(ensured.certificate), str(ensured.key))
             bound = await door.edge.listener.start("", 0, tls=tls)
             assert "0.0.0.0" in dict(bound)
@@ -291,7 +228,7 @@ def test_without_file_descriptors_nobody_is_accepted_for_a_while(
     monkeypatch.setattr(handshakes.socket, "socket", Exhausted)
 
     async def work() -> None:
-        async with port(ensured) as door:
+        async with tls_port(ensured) as door:
             assert await door.visit() == b"200"
 
     run(make, work())
