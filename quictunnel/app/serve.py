@@ -162,9 +162,10 @@ def _local_join(directory: Path, tokens: TokenStore, address: str, pin: bytes) -
 
 
 async def _renew(settings: ServeSettings, server: Server) -> None:
-    """Show a renewed certificate before the old one expires, for as long as the server runs."""
-    if settings.cert is not None:
-        return
+    """Show a renewed certificate before the old one expires, for as long as the server runs.
+
+    One of the operator's own is renewed by whoever made it, so its files are only read again.
+    """
     while True:
         await asyncio.sleep(_RENEWAL_CHECK)
         try:

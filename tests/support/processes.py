@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from quictunnel.trust.tokens import TokenStore
 
-__all__ = ["Client", "Process", "Processes", "Server", "Tunnel", "free_udp_port", "poll"]
+__all__ = ["ROOT", "Client", "Process", "Processes", "Server", "Tunnel", "free_udp_port", "poll"]
 
 ROOT = Path(__file__).parents[2]
 START_TIME = 15.0

@@ -143,7 +143,11 @@ class TlsVisitor:
         self.sock.connect(("127.0.0.1", port))
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=name)
-        self._do(self.tls.do_handshake)
+        try:
+            self._do(self.tls.do_handshake)
+        except BaseException:
+            self.sock.close()
+            raise
 
     def __enter__(self) -> "TlsVisitor":
         return self
