@@ -189,11 +189,14 @@ def test_an_upload_that_ends_early_is_never_whole(make: Make, ensured: Ensured, 
     run(make, work())
 
 
-def test_an_answer_to_an_unfinished_upload_is_read_by_whoever_stops_sending(make: Make, ensured: Ensured) -> None:
+def test_an_answer_to_an_unfinished_upload_is_read_by_whoever_stops_sending(
+    make: Make, ensured: Ensured, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Some of the upload comes after the answer has gone out, as on the open net it always does."""
+    monkeypatch.setattr("quictunnel.http.visitor_connection._LINGER_TIME", 0.3)
 
     async def work() -> None:
-        async with tls_port(ensured) as door:
+        async with tls_port(ensured, idle_time=0.2) as door:  # looks twenty times a second
             door.edge.on_open = lambda peer: peer.reply(413, b"too large")
 
             def visit() -> tuple[bytes, bool]:
@@ -241,7 +244,7 @@ def test_nobody_waits_for_the_goodbye_of_an_idle_visitor(make: Make, ensured: En
     """A client's pool of connections does not look at them before it needs one: a restart must not wait for that."""
 
     async def work() -> None:
-        async with tls_port(ensured) as door:
+        async with tls_port(ensured, body_idle_time=0.2) as door:  # looks twenty times a second
             made = await asyncio.to_thread(visitor, door)
             with made:
                 await asyncio.to_thread(made.send, GET % 1)
