@@ -79,6 +79,7 @@ async def _start_server(
     while True:
         options = ServeSettings(
             http=Address(settings.http.host, port),
+            https=None,  # whatever the environment has for serve
             quic=settings.quic,
             state_dir=directory,
         )

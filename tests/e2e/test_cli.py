@@ -57,6 +57,12 @@ def test_demo_serves_until_it_is_told_to_stop(engine: str, processes: Processes)
     assert demo.stop() == 0
 
 
+def test_demo_has_one_door_whatever_the_environment_has_for_serve(processes: Processes) -> None:
+    result = processes.run("demo", "--once", "--http", "127.0.0.1:0", env={"QUICTUNNEL_HTTPS": "127.0.0.1:0"})
+    assert result.status == 0, result
+    assert "http://demo.localhost:" in result.stdout
+
+
 def test_demo_takes_another_port_when_the_default_is_taken(processes: Processes) -> None:
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
