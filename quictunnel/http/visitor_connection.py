@@ -49,6 +49,7 @@ class VisitorConnection(VisitorOutput):
 
     __slots__ = (
         "_advancing",
+        "_all_sent",
         "_body_held",
         "_departure",
         "_eof",
@@ -94,6 +95,7 @@ class VisitorConnection(VisitorOutput):
         # the end
         self._lingering = False
         self._linger_left = _LINGER_SIZE
+        self._all_sent = False  # as it seemed at the last look
 
     def __repr__(self) -> str:
         state = "closing" if self._closing else "opaque" if self._opaque else "busy" if self._leg else "idle"
@@ -458,9 +460,12 @@ class VisitorConnection(VisitorOutput):
 
     def _expire_goodbye(self) -> None:
         if self.has_unsent:
-            return
-        if self._lingering and self._scheme == b"https":
-            self._lingering = False
+            self._all_sent = False
+        elif self._scheme == b"https" and not self._all_sent:
+            # The kernel's queue may have become empty just now, and what is to follow comes in the loop's next turn.
+            self._all_sent = True
+        elif self._lingering and self._scheme == b"https":
+            self._lingering = self._all_sent = False
             self._say_goodbye()
         else:
             self.abort()

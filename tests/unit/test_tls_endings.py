@@ -23,6 +23,7 @@ Make = Callable[[], asyncio.AbstractEventLoop]
 GET = b"GET / HTTP/1.%d\r\nHost: localhost\r\n\r\n"
 PUT = b"PUT / HTTP/1.1\r\nHost: localhost\r\n%b\r\n\r\n"
 BODY = b"x" * 1000
+SMALL = (socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
 RESET = (socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 LENGTH: Fields = [(b"content-length", b"1001")]
 
@@ -270,7 +271,7 @@ def test_slow_readers_get_all_of_an_answer_whose_connection_is_closed(make: Make
                 if isinstance(frame, End):
                     peer = door.edge.peer
                     [connection] = [each for each in door.edge.listener._connections if each._leg is peer.peer]
-                    connection._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+                    connection._transport.get_extra_info("socket").setsockopt(*SMALL)
                     peer.answer(ResponseHead(200, []), Data(bytes(int(peer.head.target[1:]))), End())
 
             def on_open(peer: Peer) -> None:
