@@ -20,7 +20,7 @@ from loguru import logger
 
 __all__ = ["ALPN", "LEAVES", "VisitorSocket", "VisitorTls", "asked_host", "quiet_names"]
 
-ALPN: Final = ("http/1.1",)
+ALPN: Final = ("h2", "http/1.1")
 "what visitors may speak (RFC 7301), the best first"
 
 LEAVES: Final = 256

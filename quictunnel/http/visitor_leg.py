@@ -19,8 +19,6 @@ from quictunnel.wire.frames import Data, End, Fields, Frame, RequestHead, Respon
 
 __all__ = ["VisitorLeg"]
 
-# Bytes of fields in all interim answers to one request: hints are a few hundred, and no credit holds them back.
-_INTERIM_LIMIT: Final = 64 * 1024
 _END: Final = End()
 
 
@@ -29,7 +27,6 @@ class VisitorLeg(Leg):
 
     __slots__ = (
         "_framing",
-        "_interim_left",
         "_left",
         "_request_ended",
         "bytes_in",
@@ -96,7 +93,6 @@ class VisitorLeg(Leg):
 
         self._framing = Framing.NONE
         self._left = 0
-        self._interim_left = _INTERIM_LIMIT
         self._request_ended = False
 
     def __repr__(self) -> str:
@@ -125,7 +121,10 @@ class VisitorLeg(Leg):
         elif kind is End:
             self._send_end(frame.trailers)  # type: ignore[union-attr]
         elif kind is ResponseHead:
-            self._take_head(frame)  # type: ignore[arg-type]
+            if self.status:
+                self._broken("a second head")
+            else:
+                self._send_head(frame)  # type: ignore[arg-type]
 
     # What the connection tells
 
@@ -161,17 +160,6 @@ class VisitorLeg(Leg):
         self.detach()
 
     # The answer, as a version of HTTP writes it
-
-    def _take_head(self, head: ResponseHead) -> None:
-        if self.status:
-            self._broken("a second head")
-            return
-        if head.status < 200:
-            self._interim_left -= 16 + sum(len(name) + len(value) for name, value in head.fields)
-            if self._interim_left < 0:
-                self._broken("interim answers without end")
-                return
-        self._send_head(head)
 
     def _send_head(self, head: ResponseHead) -> None:
         raise NotImplementedError

@@ -80,20 +80,6 @@ async def test_a_request_reaches_the_peer_as_frames() -> None:
         assert leg.head is site.peer.head
 
 
-async def test_interim_answers_without_end_are_cut() -> None:
-    """Nothing else holds them back: they take no credit, and a visitor that does not read gets them all the same."""
-    with edge() as site:
-        connection, _ = site.connect()
-        connection.data_received(get())
-        [leg] = site.legs
-        for _ in range(4096):
-            leg.receive(ResponseHead(102, []))
-        assert site.peer.errors == []
-        leg.receive(ResponseHead(103, [(b"link", b"x")]))
-        assert [error.code for error in site.peer.errors] == [ErrorCode.HTTP_PROTOCOL_ERROR]
-        assert leg.status == 502
-
-
 async def test_a_trusted_proxy_is_believed() -> None:
     with edge() as site:
         for address in ("10.1.2.3", "2001:db8::9", "::ffff:10.1.2.3"):
