@@ -277,6 +277,9 @@ class AnswerParser:
         if status == 204:
             # RFC 9110 section 8.6
             kept = _unframed(kept)
+        elif status == 426:
+            # RFC 9110 section 15.5.22: it must say to what.
+            kept += [field for field in fields if field[0] == b"upgrade"]
         self._frames.append(ResponseHead(status, kept))
         if self._head_method:
             # llhttp cannot be told of HEAD and would wait for the body that the fields announce.

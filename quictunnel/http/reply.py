@@ -113,6 +113,9 @@ def encode_reply(head: ResponseHead, method: bytes, version: bytes, date: bytes,
     """
     fields, framing, length = plan_reply(head, method)
     extra = b""
+    if head.status == 426 and (offered := members(head.fields, b"upgrade")):
+        # RFC 9110 section 15.5.22: it must say to what, and each hop says it anew (section 7.8).
+        fields += [(b"connection", b"Upgrade"), (b"upgrade", b", ".join(offered))]
     if framing is Framing.CHUNKED:
         if version == b"1.1":
             extra = b"transfer-encoding: chunked\r\n"
