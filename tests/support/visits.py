@@ -97,6 +97,10 @@ class RawVisitor:
     def read_line(self) -> bytes:
         return self._file.readline()
 
+    def read(self, size: int) -> bytes:
+        """So many bytes, fewer if the other side ends the connection."""
+        return self._file.read(size)
+
     def read_all(self) -> bytes:
         """What comes until the other side ends the connection."""
         return self._file.read()
