@@ -317,8 +317,13 @@ class VisitorConnection(VisitorOutput):
 
     @property
     def may_persist(self) -> bool:
-        """Whether another exchange may follow, as far as the server is concerned."""
-        return not self._listener.draining and (not self._eof or bool(self._pending))
+        """Whether another exchange may follow, as far as the server is concerned.
+
+        Not behind a request that still comes: its answer may end first, and with it the connection.
+        """
+        if self._listener.draining or not self._parser.complete:
+            return False
+        return not self._eof or bool(self._pending)
 
     def hold_body(self, held: bool) -> None:
         """Stop or go on reading the request's body."""
@@ -350,7 +355,7 @@ class VisitorConnection(VisitorOutput):
             self._cut(leg)
             return
         self.discard()
-        keep_alive = leg.keep_alive and self.may_persist and self._parser.complete
+        keep_alive = leg.keep_alive and self.may_persist
         head = leg.head
         page, size = error_page(
             error,

@@ -507,6 +507,7 @@ async def test_an_answer_before_the_upload_ends_both_after_a_while_of_listening(
         connection.data_received(upload(10_000_000) + b"some")
         site.peer.reply(413)
         assert transport.written.startswith(b"HTTP/1.1 413 ")
+        assert b"\r\nconnection: close\r\n" in transport.written
         assert transport.eof
         assert not transport.closed
         assert len(site.done) == 1
