@@ -27,3 +27,20 @@ async def app(scope: Event, receive: Callable[[], Awaitable[Event]], send: Calla
     for part in (scope["method"].encode() + b" " + target, b" " + host, b" " + body):
         await send({"type": "http.response.body", "body": part, "more_body": True})
     await send({"type": "http.response.body", "body": b""})
+
+
+async def mirror(
+    scope: Event, receive: Callable[[], Awaitable[Event]], send: Callable[[Event], Awaitable[None]]
+) -> None:
+    """Sends each part of a body back as it comes; ``/refuse`` answers 413 and reads nothing."""
+    assert scope["type"] == "http"
+    if scope["path"] == "/refuse":
+        await send({"type": "http.response.start", "status": 413, "headers": []})
+        await send({"type": "http.response.body", "body": b"too large"})
+        return
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    more = True
+    while more:
+        event = await receive()
+        more = event.get("more_body", False)
+        await send({"type": "http.response.body", "body": event.get("body", b""), "more_body": more})

@@ -100,14 +100,15 @@ class Connection:
 
     def _chunks(self) -> bytes:
         parts = []
-        while size := int(self._line().split(b";")[0], 16):
+        while size := int(self.line().split(b";")[0], 16):
             parts.append(self.read(size))
             self.read(2)
-        while self._line():
+        while self.line():
             pass
         return b"".join(parts)
 
-    def _line(self) -> bytes:
+    def line(self) -> bytes:
+        """The next line, without its end."""
         while b"\r\n" not in self._read:
             data = self.sock.recv(65536)
             if not data:
