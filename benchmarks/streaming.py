@@ -1,8 +1,8 @@
 """How late single pieces of a body are: `.venv/bin/python benchmarks/streaming.py [--engine aioquic,qh3]`.
 
 A piece every 20 ms, 250 of them, each with the time at which it was written; the delay ends when it can be read on the
-other end, by the same clock. Three ways: server-sent events of a backend, a chunked upload to it, and tokens
-of an ASGI application in the client. A piece is merged when it comes in one chunk with another.
+other end, by the same clock. Three ways: events of a backend, a chunked upload to it, and tokens of an ASGI application
+in the client. A piece is merged when it comes in one chunk with another.
 
 The machine's own delay is shown too: the same without a tunnel.
 """
