@@ -17,13 +17,14 @@ Which frame may follow which, as a table of (state, frame):
     END        error                         error       END
 """
 
+import re
 from enum import IntEnum
 from typing import Final
 
 import pylsqpack
 
 from quictunnel.wire.errors import ProtocolError
-from quictunnel.wire.frames import Data, End, Fields, Frame, RequestHead, ResponseHead
+from quictunnel.wire.frames import CONNECT, Data, End, Fields, Frame, RequestHead, ResponseHead
 
 __all__ = ["FrameType", "StreamDecoder", "encode_data", "encode_head", "encode_trailers", "pull_varint", "push_varint"]
 
@@ -37,6 +38,8 @@ class FrameType(IntEnum):
     CREDIT = 0x33
 
 
+# RFC 9112 section 3.2.3
+_AUTHORITY_FORM: Final = re.compile(rb"[^/?#@\s]+:[0-9]+")
 _DATA: Final = int(FrameType.DATA)
 _HEADERS: Final = int(FrameType.HEADERS)
 # What a frame of an unknown type, or a control frame on an exchange's stream, may announce before it is an attack.
@@ -293,10 +296,15 @@ def _request_head(fields: Fields) -> RequestHead:
             if scheme not in (b"http", b"https"):
                 raise ProtocolError("a request's :scheme is neither http nor https")
             # In absolute-form a backend that is also a proxy would go elsewhere.
-            if method and (target[:1] == b"/" or target == b"*"):
+            if method and (target[:1] == b"/" or target == b"*" or _is_connect(method, target, protocol)):
                 _check_names(rest)
                 return RequestHead(method, scheme, authority, target, rest, False, protocol)
     raise ProtocolError("a request needs :method, :scheme, :authority and an absolute :path or *, in this order")
+
+
+def _is_connect(method: bytes, target: bytes, protocol: bytes) -> bool:
+    # Anything else that is not a path would make a backend that is a proxy go where the server says.
+    return method == b"CONNECT" and protocol == CONNECT and _AUTHORITY_FORM.fullmatch(target) is not None
 
 
 def _response_head(fields: Fields) -> ResponseHead:

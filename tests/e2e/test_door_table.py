@@ -652,7 +652,7 @@ REFUSED = [
         asterisk_of_PRI=b"PRI * HTTP/1.1",
         comma=b"GET,POST / HTTP/1.1",
     ),
-    Refused("method: CONNECT elsewhere", line(b"CONNECT a:80 HTTP/1.1"), "RFC 9112 3.2.3"),
+    Refused("method: CONNECT", line(b"CONNECT a:80 HTTP/1.1"), "RFC 9110 9.3.6", 501),
     Refused("method: CONNECT of a path", line(b"CONNECT / HTTP/1.1"), "RFC 9112 3.2.3"),
     Refused("method: TRACE that goes no further", line(b"TRACE / HTTP/1.1\r\nMax-Forwards: 0"), "RFC 9110 7.6.2", 501),
     Refused(
@@ -692,7 +692,7 @@ REFUSED = [
         NUL=b"GET / HTTP/1.1\x00",
     ),
     Refused("not HTTP: a TLS hello", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"),
-    Refused("not HTTP: the HTTP/2 preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
+    Refused("not HTTP: nearly the HTTP/2 preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\n"),
     Refused("not HTTP: PROXY protocol", b"PROXY TCP4 1.2.3.4 5.6.7.8 1 2\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n"),
     Refused("size: target", line(b"GET /" + b"a" * 8192 + b" HTTP/1.1"), status=414),
     Refused("size: line", line(b"GET /" + b"a" * 70_000 + b" HTTP/1.1"), status=414),

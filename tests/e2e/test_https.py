@@ -199,7 +199,7 @@ def test_an_unknown_tunnel_is_shown_the_servers_certificate_which_is_not_for_it(
     with pytest.raises(ssl.SSLCertVerificationError, match=r"not valid for 'none\.localhost'"):
         visitor(one, "none.localhost")
     got = curl("-k", "-i", f"https://none.localhost:{port_of(one)}/")
-    assert got.stdout.startswith("HTTP/1.1 404 ")
+    assert got.stdout.startswith("HTTP/2 404 ")
 
 
 def test_a_tunnel_has_a_certificate_of_its_own_and_no_file_of_it_is_left(tunnel: Tunnel) -> None:
