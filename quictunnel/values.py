@@ -191,7 +191,10 @@ def parse_path(value: object) -> Path:
     text = parse_text(value)
     if "\0" in text:
         raise ValueError("a path cannot hold a NUL")
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError(f"there is no such user's home: {text.partition('/')[0]}") from None
 
 
 def _host_and_port(text: str) -> tuple[str, str | None]:
