@@ -108,6 +108,16 @@ class OriginConnection(asyncio.Protocol):
             self.transport.resume_reading()
             self._renew()
 
+    def write_eof(self) -> None:
+        """Say that nothing follows what was written, where that can be said."""
+        if not self.transport.can_write_eof():
+            return
+        try:
+            self.transport.write_eof()
+        except OSError:
+            # The backend's reset has come and has not been read yet; ``connection_lost`` tells of it.
+            self.transport.abort()
+
     def drop(self) -> None:
         """Close at once; nothing of it is needed any more."""
         self.leg = None

@@ -309,8 +309,7 @@ class OriginLeg(Leg):
                 self.leave()
                 return
             connection.half_closed()
-            if connection.transport.can_write_eof():
-                connection.transport.write_eof()
+            connection.write_eof()
 
     def _write(self, connection: OriginConnection, data: bytes) -> None:
         if self._pending:

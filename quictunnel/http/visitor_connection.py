@@ -389,7 +389,7 @@ class VisitorConnection(VisitorOutput):
         if self._eof:
             self._finish_opaque(leg)
         elif self._transport.can_write_eof():
-            self._transport.write_eof()
+            self.half_close()
             self._watch_opaque()
         else:
             leg.hand_end([])
@@ -445,7 +445,7 @@ class VisitorConnection(VisitorOutput):
         self.deadline = self._loop.time() + _LINGER_TIME
         self._watch_writes()
         if not tls:  # there a goodbye is for both directions: what the visitor still sends would break it
-            self._transport.write_eof()
+            self.half_close()
 
     # Time limits, and visitors that are gone
 

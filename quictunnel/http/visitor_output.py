@@ -105,6 +105,14 @@ class VisitorOutput(asyncio.Protocol):
         self._scheduled = False
         self.flush()
 
+    def half_close(self) -> None:
+        """Say that nothing follows what was written."""
+        try:
+            self._transport.write_eof()
+        except OSError:
+            # Its reset has come and has not been read yet, which must not become the caller's failure.
+            self._transport.abort()
+
     def discard(self) -> None:
         """Forget what is waiting."""
         self._out.clear()

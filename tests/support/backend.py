@@ -111,6 +111,8 @@ class Socket(asyncio.Transport):
         self.aborted = False
         self.reading = True
         self.eof = False
+        self.reset = False
+        "a reset has come that the event loop has not read yet"
 
     # What the connection calls
 
@@ -119,6 +121,8 @@ class Socket(asyncio.Transport):
         self.writes.append(bytes(data))
 
     def write_eof(self) -> None:
+        if self.reset:
+            raise OSError(107, "Transport endpoint is not connected")
         self.eof = True
 
     def can_write_eof(self) -> bool:

@@ -23,6 +23,9 @@ class FakeSocket:
         self.error = 0
         self.options: list[object] = []
 
+    def fileno(self) -> int:
+        return -1
+
     def getsockopt(self, level: int, option: int) -> int:
         return self.error
 
@@ -57,6 +60,8 @@ class FakeTransport(asyncio.Transport):
         self.reading = True
         self.eof = self.closed = self.aborted = self.lost = False
         self.buffered = 0
+        self.reset = False
+        "a reset has come that the event loop has not read yet"
 
     @property
     def socket(self) -> FakeSocket:
@@ -78,6 +83,8 @@ class FakeTransport(asyncio.Transport):
         return not self.tls
 
     def write_eof(self) -> None:
+        if self.reset:
+            raise OSError(107, "Transport endpoint is not connected")
         self.eof = True
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:

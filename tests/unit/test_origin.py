@@ -1209,6 +1209,16 @@ async def test_half_close_of_the_visitor_is_passed_on() -> None:
     assert origin.counts == NOTHING_LEFT
 
 
+async def test_a_reset_that_has_not_been_read_yet_is_nobody_elses_failure() -> None:
+    origin = MemoryOrigin()
+    visitor = await upgraded(origin)
+    origin.socket.reset = True
+    visitor.peer.receive(END)
+    await turns()
+    assert visitor.code is ErrorCode.CONNECTION_TERMINATED
+    assert origin.counts == NOTHING_LEFT
+
+
 async def test_half_close_of_the_backend_is_passed_on() -> None:
     origin = MemoryOrigin()
     visitor = await upgraded(origin)

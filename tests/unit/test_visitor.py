@@ -1170,6 +1170,23 @@ async def test_a_visitor_that_closes_is_known_within_a_tenth_of_a_second(phase: 
             await until(lambda: len(site.listener) == 0)
 
 
+@pytest.mark.parametrize("kind", ["upload", "opaque"])
+async def test_a_reset_that_has_not_been_read_yet_is_nobody_elses_failure(kind: str) -> None:
+    # What the legs of others are told in the same turn must still reach them.
+    with edge() as site:
+        connection, transport = site.connect()
+        transport.reset = True
+        connection.data_received(UPGRADE if kind == "opaque" else upload(10))
+        if kind == "opaque":
+            site.peer.answer(SWITCH, End())
+        else:
+            site.legs[0].abort(TunnelError(ErrorCode.CONNECTION_TERMINATED))
+        assert transport.aborted
+        await asyncio.sleep(0)
+        assert len(site.done) == 1
+        assert len(site.listener) == 0
+
+
 async def test_a_visitor_that_half_closes_gets_its_answer() -> None:
     async with serving() as (site, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
