@@ -281,7 +281,7 @@ class Http2VisitorConnection(VisitorOutput):
         self._watch_writes()
         self._read(True)
         if self._transport.can_write_eof():
-            self._transport.write_eof()
+            self.half_close()
         else:
             self._transport.close()
 
