@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["FOREVER", "OriginConnection", "Owner"]
 
 FOREVER: Final = float("inf")
-_END: Final = End()
 # SO_LINGER on, with no time: closing sends a reset (socket(7)).
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
+_END: Final = End()
 
 
 class Owner(Protocol):
@@ -120,10 +120,12 @@ class OriginConnection(asyncio.Protocol):
 
     def drop(self) -> None:
         """Close at once; nothing of it is needed any more."""
-        self.leg = None
-        if self.write_paused and (sock := self.transport.get_extra_info("socket")) is not None:
-            # A FIN would come behind what the backend has not read: a reset comes before it.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        leg, self.leg = self.leg, None
+        if leg is not None and (not leg.is_sent() or self.transport.get_write_buffer_size()):
+            # A reset: an orderly end would stand behind what the backend has not taken yet, and may never take.
+            sock = self.transport.get_extra_info("socket")
+            if sock is not None:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
         self.transport.abort()
 
     # What the owner calls
