@@ -7,8 +7,10 @@ mean nothing, and a visitor that is gone answers them with a reset:
     before the head           100 Continue (RFC 9110 section 15.2: a visitor must take any number of them)
     within a chunked body     a leading zero of the next chunk's size (RFC 9112 section 7.1)
 
-Other bodies, and HTTP/1.0, have no such bytes; there the next piece of the answer does it. A reset is then looked for,
-because an event loop that has read to the end watches no more for what may be read.
+Other bodies, and HTTP/1.0, have no such bytes; there the next piece of the answer does it, or at last TCP: the system
+of a visitor that is gone forgets the half-closed connection after a while (on Linux a minute), and then answers a
+keep-alive probe with a reset. ``end_watch`` tells of a reset, as an event loop that has read to the end watches no more
+for what may be read; where it cannot, it is looked for.
 """
 
 import asyncio
@@ -40,10 +42,16 @@ class Departure:
         self._probed = False
         self._after = _FIRST_LOOK
         self._timer = asyncio.get_running_loop().call_later(_PROBE_AFTER, self.look)
+        connection.watch_end(self._reset, reset_only=True)
+        connection.keep_alive()
 
     def cancel(self) -> None:
         """The exchange is over."""
         self._timer.cancel()
+        self._connection.watch_end(None)
+
+    def _reset(self, reset: bool) -> None:
+        self._connection.abort()
 
     def look(self) -> None:
         """Cut the connection if the visitor has gone; otherwise come back."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from email.utils import formatdate
 from typing import Final, TypeAlias
 
+from quictunnel.http.end_watch import EndWatch
 from quictunnel.http.handshakes import TlsListener
 from quictunnel.http.limits import VisitorLimits
 from quictunnel.http.tls import VisitorTls, asked_host
@@ -58,6 +59,7 @@ class VisitorListener:
         self.draining = False
         self.date = b""
         self.loop = asyncio.get_running_loop()
+        self.end_watch = EndWatch(self.loop)
         self._trusted = tuple(trusted_proxies)
         self._servers: list[asyncio.Server | TlsListener] = []
         self._connections: set[VisitorOutput] = set()
@@ -122,6 +124,7 @@ class VisitorListener:
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
+        self.end_watch.close()
         for connection in list(self._connections):
             connection.abort()
 

@@ -14,8 +14,8 @@ Endings, gentlest first:
               end of the body; there it is a reset. TLS says no goodbye then (RFC 8446 section 6.1)
 
 A visitor that goes away is known by its reset or the end of its bytes, so at once while bytes are read. While they are
-not, because the backend holds an upload back, a reset is looked for once a second. After a half-close see
-``departure``.
+not, because the backend holds an upload back, ``end_watch`` tells of both; an end is then read up to, past what is held
+back, as only that shows whether the request is whole. After a half-close see ``departure``.
 """
 
 import asyncio
@@ -65,6 +65,7 @@ class VisitorConnection(VisitorOutput):
         "_parser",
         "_pending",
         "_reading",
+        "_reading_to_end",
         "_scheme",
         "_unread",
     )
@@ -80,6 +81,7 @@ class VisitorConnection(VisitorOutput):
 
         # what the visitor may still send
         self._reading = True
+        self._reading_to_end = False  # the end has come, and what comes before it is in the socket already
         self._eof = False
         self._pending = b""
         self._body_held = False
@@ -171,6 +173,7 @@ class VisitorConnection(VisitorOutput):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._closing = True
+        self.watch_end(None)
         self.discard()
         self._pending = b""
         leg = self._leg
@@ -499,11 +502,25 @@ class VisitorConnection(VisitorOutput):
     def _update_reading(self) -> None:
         """Read unless the peer holds an unfinished request back, or too much is kept."""
         held = self._body_held and (self._opaque or not self._parser.complete)
-        reading = self._lingering or not (held or len(self._pending) >= self._listener.limits.head_size)
-        if reading == self._reading or self._transport.is_closing():
+        waits = held or len(self._pending) >= self._listener.limits.head_size
+        reading = self._lingering or self._reading_to_end or not waits
+        if reading == self._reading or self._eof or self._transport.is_closing():
             return
         self._reading = reading
         if reading:
+            self.watch_end(None)
             self._transport.resume_reading()
         else:
             self._transport.pause_reading()
+            self.watch_end(self._ended_unread)
+
+    def _ended_unread(self, reset: bool) -> None:
+        """The visitor has ended the connection, its side of it at least, while nothing is read."""
+        if reset:
+            self.abort()
+        elif self._leg is None or self._opaque or not self._parser.complete:
+            # No more than the socket's buffer holds.
+            self._reading_to_end = True
+            self._update_reading()
+        elif self._departure is None:
+            self._departure = Departure(self, self._leg)

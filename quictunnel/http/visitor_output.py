@@ -9,6 +9,7 @@ import fcntl
 import socket
 import struct
 import termios
+from collections.abc import Callable
 from math import inf
 from typing import TYPE_CHECKING, Final, cast
 
@@ -19,6 +20,8 @@ __all__ = ["WRITE_SIZE", "VisitorOutput"]
 
 # Bytes that are not kept for the end of the turn: copying more together costs more than another write.
 WRITE_SIZE: Final = 64 * 1024
+# Seconds between two questions of TCP's to a silent visitor; by default the first comes after two hours.
+_KEEP_ALIVE: Final = 15
 # SO_LINGER on, with no time: closing sends a reset (socket(7)).
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
@@ -198,6 +201,25 @@ class VisitorOutput(asyncio.Protocol):
         """Whether the visitor has sent a reset, seen or not."""
         sock = self._socket
         return sock is not None and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
+
+    def watch_end(self, tell: Callable[[bool], None] | None, *, reset_only: bool = False) -> None:
+        """Have ``tell`` called when the visitor ends what is not read now, with whether that is a reset."""
+        sock = self._socket
+        if sock is None:
+            return
+        if tell is None:
+            self._listener.end_watch.discard(sock.fileno())
+        else:
+            self._listener.end_watch.add(sock.fileno(), tell, reset_only=reset_only)
+
+    def keep_alive(self) -> None:
+        """Have the system ask the visitor's, now and then, whether it still knows the connection."""
+        sock = self._socket
+        if sock is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            if hasattr(socket, "TCP_KEEPIDLE"):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEP_ALIVE)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEP_ALIVE)
 
     @property
     def _socket(self) -> socket.socket | None:

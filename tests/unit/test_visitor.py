@@ -1170,6 +1170,75 @@ async def test_a_visitor_that_closes_is_known_within_a_tenth_of_a_second(phase: 
             await until(lambda: len(site.listener) == 0)
 
 
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("kind", ["length", "chunked", "opaque"])
+async def test_a_visitor_that_closes_while_its_upload_is_held_back_is_known(kind: str, reset: bool) -> None:
+    async with serving() as (site, port):
+        site.on_open = lambda peer: peer.peer.pause()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        chunked = get(method=b"PUT", fields=b"Transfer-Encoding: chunked\r\n")
+        writer.write({"length": upload(9_000_000), "chunked": chunked, "opaque": UPGRADE}[kind])
+        await until(lambda: site.peers)
+        if kind == "opaque":
+            site.peer.answer(SWITCH)
+            site.legs[0].pause()
+            await reader.readuntil(b"\r\n\r\n")  # what is unread when it closes would make that a reset
+        [connection] = site.listener._connections
+        assert not connection.is_reading
+        writer.write(b"5\r\nhello\r\n")
+        if reset:
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.transport.abort()
+        if kind == "opaque" and not reset:
+            await until(lambda: site.peer.ended)
+            assert site.peer.body == b"5\r\nhello\r\n"
+        else:
+            assert await until(lambda: site.peer.errors) < 0.1
+            assert site.peer.errors[0].code is ErrorCode.CANCELLED
+            await until(lambda: len(site.listener) == 0)
+            assert len(site.listener.end_watch) == 0
+
+
+async def test_a_visitor_that_half_closes_a_whole_upload_that_is_held_back_gets_its_answer() -> None:
+    async with serving() as (site, port):
+        site.on_open = lambda peer: peer.peer.pause()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(upload(50_000))
+        await until(lambda: site.peers)
+        writer.write(b"x" * 50_000)
+        writer.write_eof()
+        await until(lambda: site.peer.ended)
+        site.peer.reply()
+        assert (await reader.read()).endswith(b"ok")
+        writer.close()
+
+
+async def test_a_visitor_whose_pipeline_is_too_long_to_be_read_is_known_to_have_gone() -> None:
+    async with serving(head_size=2048) as (site, port):
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(GET * 200)
+        await until(lambda: site.peers and not next(iter(site.listener._connections)).is_reading)
+        writer.transport.abort()
+        await until(lambda: site.peers[0].errors)
+        await until(lambda: len(site.listener) == 0)
+
+
+async def test_a_half_closed_visitor_that_goes_later_is_known_when_something_is_sent_to_it() -> None:
+    async with serving() as (site, port):
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(GET)
+        writer.write_eof()
+        await until(lambda: site.peers)
+        site.peer.answer(ResponseHead(200, [(b"content-length", b"9")]), Data(b"a"))
+        await asyncio.sleep(0.1)
+        assert not site.peer.errors
+        writer.transport.abort()
+        await asyncio.sleep(0.01)
+        site.peer.answer(Data(b"b"))
+        assert await until(lambda: site.peer.errors) < 0.1
+        await until(lambda: len(site.listener) == 0)
+
+
 @pytest.mark.parametrize("kind", ["upload", "opaque"])
 async def test_a_reset_that_has_not_been_read_yet_is_nobody_elses_failure(kind: str) -> None:
     # What the legs of others are told in the same turn must still reach them.
