@@ -57,7 +57,7 @@ class Http2Origin(OriginPool["Http2OriginLeg", "Http2OriginConnection"]):
         self.scheme = b"https" if tls else b"http"
         self.budget = budget or WindowBudget(0)
         self._waiting: dict[Http2OriginLeg, float] = {}  # until when, in order
-        self._dialling = False
+        self._dialling: asyncio.Task[None] | None = None
 
     def open(self) -> "Http2OriginLeg":
         """A fresh leg: join it, then let it receive a RequestHead."""
@@ -75,7 +75,10 @@ class Http2Origin(OriginPool["Http2OriginLeg", "Http2OriginConnection"]):
 
     def forget(self, leg: "Http2OriginLeg") -> None:
         """``leg`` waits no more."""
-        self._waiting.pop(leg, None)
+        if self._waiting.pop(leg, None) is not None and not self._waiting and self._dialling is not None:
+            # Nobody is left to be dialled for.
+            self._dialling.cancel()
+            self._dialling = None
 
     def serve_waiting(self) -> None:
         """There may be room."""
@@ -86,9 +89,9 @@ class Http2Origin(OriginPool["Http2OriginLeg", "Http2OriginConnection"]):
             leg = next(iter(self._waiting))
             del self._waiting[leg]
             leg.attached(connection)
-        if self._waiting and not self._dialling and len(self._connections) < _CONNECTIONS and not self.closing:
-            self._dialling = True
-            self._own(asyncio.get_running_loop().create_task(self._dial(), name="dial"))
+        if self._waiting and self._dialling is None and len(self._connections) < _CONNECTIONS and not self.closing:
+            self._dialling = asyncio.get_running_loop().create_task(self._dial(), name="dial")
+            self._own(self._dialling)
 
     def lost(self, connection: "Http2OriginConnection") -> None:
         super().lost(connection)
@@ -103,12 +106,12 @@ class Http2Origin(OriginPool["Http2OriginLeg", "Http2OriginConnection"]):
                 connection.drop()
                 raise TunnelError(ErrorCode.HTTP_PROTOCOL_ERROR, "the backend does not offer HTTP/2 (by ALPN)")
         except TunnelError as error:
-            self._dialling = False
+            self._dialling = None
             if not self._connections:
                 for leg in list(self._waiting):
                     leg.fail(error)
             return
-        self._dialling = False
+        self._dialling = None
         connection.begin()
         self.serve_waiting()
 
