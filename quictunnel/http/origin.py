@@ -6,6 +6,7 @@ No task, queue, future or timer is made for a request that finds a kept connecti
 import asyncio
 import ssl
 
+from quictunnel.http.end_watch import EndWatch
 from quictunnel.http.limits import OriginLimits
 from quictunnel.http.origin_connection import OriginConnection
 from quictunnel.http.origin_leg import OriginLeg
@@ -34,6 +35,11 @@ class Origin(OriginPool[OriginLeg, OriginConnection]):
             host, port, path=path, tls=tls, server_hostname=server_hostname, authority=authority, limits=limits
         )
         self._kept: dict[OriginConnection, None] = {}
+        self.end_watch = EndWatch(asyncio.get_running_loop())
+
+    async def aclose(self, grace: float = 0.0) -> None:
+        await super().aclose(grace)
+        self.end_watch.close()
 
     def open(self) -> OriginLeg:
         """A fresh leg: join it, then let it receive a RequestHead."""

@@ -9,6 +9,7 @@ import ssl
 import struct
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
+from quictunnel.http.end_watch import EndWatch
 from quictunnel.http.limits import OriginLimits
 from quictunnel.http.origin_answer import AnswerParser
 from quictunnel.wire.errors import ErrorCode, TunnelError
@@ -32,6 +33,9 @@ class Owner(Protocol):
     "the Host of requests that name none"
 
     limits: OriginLimits
+
+    end_watch: EndWatch
+    "tells of resets that come while nothing is read"
 
     def take(self) -> "OriginConnection | None":
         """A kept connection, None if there is none."""
@@ -61,13 +65,25 @@ class Owner(Protocol):
 class OriginConnection(asyncio.Protocol):
     """One socket to the backend."""
 
-    __slots__ = ("_owner", "_upgraded", "deadline", "leg", "loop", "parser", "reading", "transport", "write_paused")
+    __slots__ = (
+        "_owner",
+        "_upgraded",
+        "_watched",
+        "deadline",
+        "leg",
+        "loop",
+        "parser",
+        "reading",
+        "transport",
+        "write_paused",
+    )
 
     transport: asyncio.Transport
 
     def __init__(self, owner: Owner) -> None:
         self._owner = owner
         self._upgraded = False
+        self._watched = -1  # the descriptor that the end watch knows, if it does
         self.parser = AnswerParser(size_limit=owner.limits.head_size, fields_limit=owner.limits.head_fields)
         self.loop = asyncio.get_running_loop()
         self.leg: OriginLeg | None = None
@@ -101,10 +117,12 @@ class OriginConnection(asyncio.Protocol):
         if self.reading and not self.transport.is_closing():
             self.reading = False
             self.transport.pause_reading()
+            self._watch_reset(True)
 
     def resume_reading(self) -> None:
         if not self.reading and not self.transport.is_closing():
             self.reading = True
+            self._watch_reset(False)
             self.transport.resume_reading()
             self._renew()
 
@@ -121,8 +139,9 @@ class OriginConnection(asyncio.Protocol):
     def drop(self) -> None:
         """Close at once; nothing of it is needed any more."""
         leg, self.leg = self.leg, None
-        if leg is not None and (not leg.is_sent() or self.transport.get_write_buffer_size()):
-            # A reset: an orderly end would stand behind what the backend has not taken yet, and may never take.
+        if leg is not None and (self._upgraded or not leg.is_sent() or self.transport.get_write_buffer_size()):
+            # A reset: an orderly end would stand behind what the backend has not taken yet, and may never take, or
+            # would tell it nothing after a half-close.
             sock = self.transport.get_extra_info("socket")
             if sock is not None:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
@@ -199,6 +218,7 @@ class OriginConnection(asyncio.Protocol):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._watch_reset(False)
         self._owner.lost(self)
         self.write_paused = False
         leg = self.leg
@@ -270,7 +290,28 @@ class OriginConnection(asyncio.Protocol):
         self.half_closed()
         leg.peer.receive(_END)
         # asyncio closes a TLS connection after this, whatever it is told, and logs what it was told.
-        return self.leg is leg and self.transport.can_write_eof()
+        stays = self.leg is leg and self.transport.can_write_eof()
+        if stays:
+            self._watch_reset(True)
+        return stays
+
+    def _watch_reset(self, watched: bool) -> None:
+        """Nothing is read from now on, or again: the event loop does not tell of a reset, or does."""
+        if not watched:
+            if self._watched >= 0:
+                self._owner.end_watch.discard(self._watched)
+                self._watched = -1
+        elif (sock := self.transport.get_extra_info("socket")) is not None:
+            self._watched = sock.fileno()
+            self._owner.end_watch.add(self._watched, self._reset_unread, reset_only=True)
+
+    def _reset_unread(self, reset: bool) -> None:
+        """The backend has reset the connection while nothing was read."""
+        if self.leg is not None and self.leg.answered:
+            self._fail(TunnelError(ErrorCode.CONNECTION_TERMINATED, self._cut()))
+        else:
+            # What came before it may complete the answer, and is no more than the socket's buffer holds.
+            self.resume_reading()
 
     def _said_goodbye(self) -> bool:
         # Anyone on the path can send a FIN, only the backend a close_notify: without it, an answer that ends with its

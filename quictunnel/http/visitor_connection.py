@@ -411,6 +411,7 @@ class VisitorConnection(VisitorOutput):
         if self._departure is not None:
             self._departure.cancel()
             self._departure = None
+        self.watch_end(None)
         leg.leave()
         self._listener.done(leg)
         if not self._closing:
@@ -488,6 +489,8 @@ class VisitorConnection(VisitorOutput):
     def _watch_opaque(self) -> None:
         """One direction is closed: the other may not stay silent for ever."""
         if self._leg is not None:
+            if self._eof:
+                self.watch_end(self._ended_unread, reset_only=True)
             self._opaque_size = self._leg.bytes_in + self._leg.bytes_out
             self.deadline = self._loop.time() + self._listener.limits.idle_time
 

@@ -37,6 +37,7 @@ class VisitorOutput(asyncio.Protocol):
         "_out_size",
         "_scheduled",
         "_transport",
+        "_watched",
         "_write_paused",
         "_write_size",
         "committed",
@@ -56,6 +57,7 @@ class VisitorOutput(asyncio.Protocol):
         self._loop = listener.loop
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
         self._closing = False  # nothing more will be written
+        self._watched = -1  # the descriptor that the end watch knows, if it does
         self.deadline = inf
 
         self._out: list[bytes] = []
@@ -204,13 +206,14 @@ class VisitorOutput(asyncio.Protocol):
 
     def watch_end(self, tell: Callable[[bool], None] | None, *, reset_only: bool = False) -> None:
         """Have ``tell`` called when the visitor ends what is not read now, with whether that is a reset."""
-        sock = self._socket
-        if sock is None:
-            return
+        end_watch = self._listener.end_watch
         if tell is None:
-            self._listener.end_watch.discard(sock.fileno())
-        else:
-            self._listener.end_watch.add(sock.fileno(), tell, reset_only=reset_only)
+            if self._watched >= 0:
+                end_watch.discard(self._watched)
+                self._watched = -1
+        elif (sock := self._socket) is not None:
+            self._watched = sock.fileno()
+            end_watch.add(self._watched, tell, reset_only=reset_only)
 
     def keep_alive(self) -> None:
         """Have the system ask the visitor's, now and then, whether it still knows the connection."""
