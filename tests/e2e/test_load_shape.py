@@ -5,21 +5,13 @@ import socket
 import statistics
 import struct
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
-from datetime import UTC, datetime
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
-from quictunnel.client.agent import Agent, AgentConfig
-from quictunnel.client.fan_out import FanOut
-from quictunnel.http.origin import Origin
-from quictunnel.log import AccessLog
-from quictunnel.quic.engine import select_engine
-from quictunnel.server.server import Server, ServerConfig
-from quictunnel.trust.tokens import TokenStore
+from tests.support.both_ends import both_ends
 from tests.support.crowd import CrowdBackend, crowd_backend, fetch, opened, read_head, until
-from tests.support.memory import identity
 from tests.support.processes import Processes, Tunnel
 
 MANY = 300
@@ -84,66 +76,6 @@ async def test_quick_requests_pass_slow_ones(engine: str, processes: Processes) 
 # Both ends in this process, so that their counts can be looked at.
 
 
-class Ends:
-    """A server, a client and the client's connections to a backend, on real sockets."""
-
-    def __init__(self, server: Server, agent: Agent, origin: Origin) -> None:
-        self.server = server
-        self.agent = agent
-        self.origin = origin
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Everything of which something could be left."""
-        server, links = self.server, list(self.agent._closed)
-        session = next(iter(server.registry.sessions()))
-        return {
-            "visitors' exchanges": server.visitors.in_flight,
-            "tunnel's exchanges": session.tunnel.in_flight,
-            "session's exchanges": session.in_flight,
-            "waiting": len(session.tunnel.waiting),
-            "slots": sum(link.active for link in server.links.links),
-            "server's streams": sum(link.exchanges for link in server.links.links),
-            "client's streams": sum(link.exchanges for link in links),
-            "client's deaf streams": sum(len(link._deaf) for link in links),
-            "backend's exchanges": self.origin.in_flight,
-            "backend's busy connections": self.origin.connections - self.origin.kept,
-            "backend's dials": self.origin.dials,
-            "server's window": self.server.entry._budget.total - self.server.entry._budget.left,
-            "client's window": self.agent._budget.total - self.agent._budget.left,
-        }
-
-    async def left(self, counts: dict[str, int]) -> None:
-        """Wait until these are the counts."""
-        with suppress(AssertionError):
-            await until(lambda: self.counts == counts)
-        assert self.counts == counts
-
-
-@asynccontextmanager
-async def both_ends(engines: tuple[str, str], directory: Path, port: int) -> AsyncIterator[Ends]:
-    """Both ends in this process, before a backend on ``port``."""
-    tokens = TokenStore(directory)
-    tokens.load()
-    secret = tokens.create(["app"], None, datetime.now(UTC)).secret
-    files, authority = identity()
-    config = ServerConfig(("127.0.0.1", 0), ("127.0.0.1", 0), "localhost", files, authority.decode())
-    server = Server(config, select_engine(engines[0]), tokens, AccessLog("text", enabled=False))
-    await server.start()
-    origin = Origin("127.0.0.1", port)
-    whom = AgentConfig("127.0.0.1", server.quic_address[1], "127.0.0.1", secret, "app", authority)
-    agent = Agent(whom, select_engine(engines[1]), FanOut(origin))
-    running = asyncio.get_running_loop().create_task(agent.run())
-    try:
-        await until(lambda: agent.serving)
-        yield Ends(server, agent, origin)
-    finally:
-        await agent.stop(0.0)
-        await running
-        server.close()
-        await origin.aclose()
-
-
 def leave(writer: asyncio.StreamWriter, *, reset: bool) -> None:
     """Go away, with RST or with FIN.
 
@@ -174,13 +106,12 @@ async def test_visitors_who_abort_leave_nothing_behind(engine: str, tmp_path: Pa
             await asyncio.gather(*(read_head(reader) for reader, _ in visitors))
         for _, writer in visitors:
             leave(writer, reset=phase == "half an answer")
-        nothing = dict.fromkeys(ends.counts, 0)
-        await ends.left(nothing)
+        await ends.left()
         if phase != "waiting":  # asyncio's streams do not tell a sleeping handler that its connection is gone
             await until(lambda: backend.busy == 0)
         results = await asyncio.gather(*(fetch(ends.server.http_address, f"/{number}") for number in range(150)))
         assert [status for status, _, _ in results] == [200] * 150
-        await ends.left(nothing)
+        await ends.left()
 
 
 async def test_visitors_who_abort_under_load_leave_nothing_behind(engine: str, tmp_path: Path) -> None:
@@ -195,6 +126,5 @@ async def test_visitors_who_abort_under_load_leave_nothing_behind(engine: str, t
             others = [fetch(ends.server.http_address, f"/slow?{number % 60}") for number in range(100)]
             results, *_ = await asyncio.gather(asyncio.gather(*others), *(impatient(number) for number in range(200)))
             assert [status for status, _, _ in results] == [200] * 100
-        nothing = dict.fromkeys(ends.counts, 0)
-        await ends.left(nothing)
+        await ends.left()
         await until(lambda: len(ends.server.visitors) == 0)
