@@ -474,6 +474,31 @@ async def test_end_of_an_upgraded_connection_is_known_on_the_other_side(
             exchange.close()
 
 
+@pytest.mark.parametrize("http", ["1.0", "1.1"])
+async def test_visitor_who_half_closes_and_waits_gets_its_answer(
+    no_task_left: None, engine: str, http: str, tmp_path: Path
+) -> None:
+    async with stage("1.1", engine, tmp_path) as (ends, party):
+        visit = await Http1Visitor(ends.server.http_address).visit()
+        visit.transport.write(f"GET / HTTP/{http}\r\nHost: app.localhost\r\n\r\n".encode())
+        visit.leave("half-close")
+        exchange = await Scene(visit, party).arrive()
+        if http == "1.1":
+            await until(lambda: visit.statuses == [100])  # which tells whether it is there
+        else:
+            await asyncio.sleep(0.1)
+        assert exchange.known_at is None
+        exchange.head(2)
+        exchange.data(b"ok")
+        exchange.end()
+        await until(lambda: visit.known_at is not None)
+        assert visit.statuses[-1] == 200
+        assert visit.raw.endswith(b"ok")
+        visit.close()
+        await ends.left()
+        await until(lambda: len(ends.server.visitors) == 0)
+
+
 # Memory
 
 
