@@ -18,7 +18,6 @@ from quictunnel.http.origin import Origin, OriginLimits
 from quictunnel.wire.errors import ErrorCode, TunnelError
 from quictunnel.wire.frames import Data, ResponseHead
 from tests.support.backend import END, Visitor, request
-from tests.support.crowd import until
 from tests.support.memory import identity
 
 try:
