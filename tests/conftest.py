@@ -24,6 +24,21 @@ def _engine(*names: str) -> object:
     return pytest.param(names if len(names) > 1 else names[0], marks=marks, id="-".join(names))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked ``either``, let each case run on one engine only, in turns; the other runs are slow."""
+    turns: dict[str, int] = {}
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        if item.get_closest_marker("either") is None or parameters is None or "engine" not in parameters.params:
+            continue
+        others = [f"{name}={value!r}" for name, value in sorted(parameters.params.items()) if name != "engine"]
+        case = f"{item.nodeid.partition('[')[0]} {others}"
+        turn = turns.setdefault(case, len(turns))
+        if parameters.params["engine"] != ENGINES[turn % len(ENGINES)]:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(params=[_engine(name) for name in ENGINES])
 def engine(request: pytest.FixtureRequest) -> str:
     """Each QUIC engine in turn, on both sides."""

@@ -296,14 +296,15 @@ class Registry:
         """Refuse those who have waited too long; called every fraction of a second."""
         for tunnel in list(self._waiting):
             self.serve_waiting(tunnel)
+            # Whose visitors have left are not to be counted among those who want links.
+            tunnel.waiting = deque(place for place in tunnel.waiting if not place[1].ended)
             while tunnel.waiting and (tunnel.waiting[0][0] <= now or not tunnel.sessions):
                 _, leg = tunnel.waiting.popleft()
-                if not leg.ended:
-                    visitor = leg.peer
-                    served = tunnel.is_served()
-                    code = ErrorCode.CONNECTION_LIMIT_REACHED if served else ErrorCode.DESTINATION_UNAVAILABLE
-                    error = TunnelError(code)
-                    leg.abort(error)
-                    visitor.abort(error)
+                visitor = leg.peer
+                served = tunnel.is_served()
+                code = ErrorCode.CONNECTION_LIMIT_REACHED if served else ErrorCode.DESTINATION_UNAVAILABLE
+                error = TunnelError(code)
+                leg.abort(error)
+                visitor.abort(error)
             if not tunnel.waiting:
                 self._waiting.discard(tunnel)

@@ -16,6 +16,8 @@ from tests.support.backends import Connection, RawBackend
 from tests.support.processes import Processes, Tunnel, poll
 from tests.support.visits import RawVisitor
 
+pytestmark = pytest.mark.either
+
 OK = b"HTTP/1.1 200 OK\r\n"
 EMPTY = b"Content-Length: 0\r\n\r\n"
 HELLO = OK + b"Content-Length: 5\r\n\r\nhello"

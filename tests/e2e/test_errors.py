@@ -17,6 +17,8 @@ from tests.support.backends import Connection, Handler, RawBackend, answer, echo
 from tests.support.processes import Processes, Server, Tunnel, poll
 from tests.support.visits import RawVisitor, visit
 
+pytestmark = pytest.mark.either
+
 LIMITS = (
     *("--head-size", "4KiB", "--head-fields", "20", "--target-length", "200"),
     *("--head-time", "400ms", "--body-idle", "400ms", "--keep-alive", "600ms"),

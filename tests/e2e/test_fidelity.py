@@ -13,6 +13,8 @@ from tests.support.backends import Connection, RawBackend, answer, echo
 from tests.support.processes import Processes, Server, Tunnel
 from tests.support.visits import RawVisitor, visit
 
+pytestmark = pytest.mark.either
+
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:

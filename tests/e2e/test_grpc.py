@@ -13,6 +13,8 @@ from tests.support.processes import Processes, Tunnel, poll
 
 grpc = pytest.importorskip("grpc")
 
+pytestmark = pytest.mark.either
+
 SERVICE = "test.Echo"
 LIMIT = 20.0
 

@@ -22,6 +22,8 @@ from tests.support.backends import Connection, RawBackend
 from tests.support.processes import Client, Processes, Server, poll
 from tests.support.visits import Answer, RawVisitor, visit
 
+pytestmark = pytest.mark.either
+
 SECRETS = {"red": b"the secret of red", "blue": b"the secret of blue"}
 OTHER = {"red": "blue", "blue": "red"}
 

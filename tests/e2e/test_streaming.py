@@ -13,6 +13,8 @@ from tests.support.backends import Connection, RawBackend, echo
 from tests.support.processes import Processes, Server, Tunnel
 from tests.support.visits import RawVisitor, visit
 
+pytestmark = pytest.mark.either
+
 # Small enough to pass within a test: none of them is a limit on the whole.
 SERVER_LIMITS = ("--keep-alive", "1s", "--body-idle", "1s", "--head-time", "1s")
 CLIENT_LIMITS = ("--backend-keep-alive", "1s", "--backend-head-time", "1s", "--backend-connect-time", "1s")

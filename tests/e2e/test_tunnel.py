@@ -16,6 +16,8 @@ from tests.support.backends import Connection, HttpbinBackend, RawBackend, answe
 from tests.support.processes import Processes, Server, Tunnel, poll
 from tests.support.visits import Answer, RawVisitor, visit
 
+pytestmark = pytest.mark.either
+
 SLOTS = 100
 "streams of a connection: both libraries' limit"
 

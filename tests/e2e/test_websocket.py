@@ -38,6 +38,8 @@ from tests.support.websocket import (
     record,
 )
 
+pytestmark = pytest.mark.either
+
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 
 

@@ -20,6 +20,8 @@ from tests.support.ends import Backend, Ends, Visit, play
 from tests.support.hostile import HostileClient, control, frame
 from tests.support.memory import resident
 
+pytestmark = pytest.mark.either
+
 Scenario = Callable[[Ends], Awaitable[None]]
 Play = Callable[..., None]
 

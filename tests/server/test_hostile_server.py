@@ -20,6 +20,8 @@ from tests.support.ends import Backend, Ends, play
 from tests.support.hostile import HostileServer, control
 from tests.support.memory import identity, resident
 
+pytestmark = pytest.mark.either
+
 Scenario = Callable[[Ends, HostileServer], Awaitable[None]]
 Play = Callable[[Scenario], None]
 

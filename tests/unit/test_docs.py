@@ -179,3 +179,24 @@ def members(value: object) -> Iterator[str]:
         for name, item in value.items():
             yield name
             yield from members(item)
+
+
+def named_tests() -> Iterator[tuple[str, str]]:
+    """Each test that the threat model names, as file and function; ``::name`` alone is of the file before it."""
+    file = ""
+    for found in re.finditer(r"`(tests/[\w/]+\.py)?(?:::(\w+))?`", text_of("docs/security.md")):
+        file = found[1] or file
+        if found[1] or found[2]:
+            yield file, found[2] or ""
+
+
+def test_every_test_that_the_threat_model_names_is_there() -> None:
+    named = set(named_tests())
+    assert len(named) > 40
+    missing = [f"{file}::{name}" for file, name in named if not (ROOT / file).exists()]
+    missing += [
+        f"{file}::{name}"
+        for file, name in named
+        if name and (ROOT / file).exists() and f"def {name}(" not in text_of(file)
+    ]
+    assert missing == []

@@ -292,6 +292,16 @@ def test_waiting_is_over_when_its_time_is(registry: Registry) -> None:
     assert (early.errors[:1], late.errors) == ([ErrorCode.CONNECTION_LIMIT_REACHED], [])
 
 
+def test_visitors_who_left_the_queue_are_not_kept_in_it(registry: Registry) -> None:
+    joined(registry, slots=1)
+    _, *waiting = asked(registry, 5)
+    for leg in waiting[:3]:
+        leg.ended = True
+    registry.expire_waiting(0.1)
+    assert [leg for _, leg in registry.tunnels["app"].waiting] == waiting[3:]
+    assert [leg.errors for leg in waiting] == [[]] * 4
+
+
 def test_waiting_is_over_when_the_last_session_is(registry: Registry) -> None:
     link = joined(registry, slots=1)
     asked(registry)
