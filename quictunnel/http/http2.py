@@ -13,6 +13,7 @@ back at once, or one stream's reader could stop all others.
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from math import inf
 from typing import Any, Final, Protocol
 
 from h2.config import H2Configuration
@@ -32,10 +33,23 @@ from h2.events import (
 )
 from h2.exceptions import ProtocolError
 from h2.settings import SettingCodes, Settings
-from hpack import NeverIndexedHeaderTuple
+from hpack import Decoder, HeaderTuple, NeverIndexedHeaderTuple
 
 from quictunnel.exchange import Leg
-from quictunnel.http.http2_frames import GOAWAY, PRIORITY, FrameGate, Http2Error, RawFrame, goaway_frame
+from quictunnel.http.http2_frames import (
+    DATA,
+    GOAWAY,
+    HEADERS,
+    PRIORITY,
+    SETTINGS,
+    SUBSTANCE,
+    FrameGate,
+    Http2Error,
+    RawFrame,
+    goaway_frame,
+    known_settings,
+    window_frame,
+)
 from quictunnel.wire.credit import INITIAL_WINDOW, ReceiveCredit, WindowBudget
 from quictunnel.wire.errors import ProtocolError as CreditError
 from quictunnel.wire.frames import Fields
@@ -53,6 +67,10 @@ _BATCH: Final = 64 * 1024
 # Ask for the round trip this often while windows are granted, in seconds.
 _PROBE_EVERY: Final = 1.0
 _LARGEST_STREAM_ID: Final = 2**31 - 1
+# Streams that have ended, of which late frames may still come: more than any round trip can hold.
+_REMEMBERED: Final = 1024
+# RFC 9113 section 6.5.2: the initial value. A peer may allow more, which would be its to fill and ours to search.
+_TABLE_SIZE: Final = 4096
 
 # RFC 7541 section 7.1.3: a shared table must not tell one visitor of another's secrets.
 _SECRET: Final = frozenset({b"authorization", b"cookie", b"proxy-authorization", b"set-cookie"})
@@ -102,7 +120,22 @@ class SessionOwner(Protocol):
 
 class _Connection(H2Connection):
     # What late frames are told apart by; the default of 65,536 is megabytes of them.
-    MAX_CLOSED_STREAMS = 1024
+    MAX_CLOSED_STREAMS = _REMEMBERED
+
+
+class _Decoder(Decoder):
+    """Keeps each field section whole, and content-length from ``h2``.
+
+    For ``h2`` a length that does not add up ends the connection, with everybody's exchanges on it. It is the affair of
+    the one request or answer (RFC 9113 section 8.1.1), and those who read heads check it.
+    """
+
+    section: Fields
+
+    def decode(self, data: bytes, raw: bool = False) -> Iterable[HeaderTuple]:
+        fields = list(super().decode(data, raw))
+        self.section = [(name, value) for name, value in fields]
+        return [field for field in fields if field[0] != b"content-length"]
 
 
 class Http2Session:
@@ -145,7 +178,8 @@ class Http2Session:
         )
         # Between what we announce and this, a section is decoded and refused as one request's affair; beyond it the
         # connection ends, as the decoder stops within it.
-        self.h2.decoder.max_header_list_size = 2 * head_limit
+        self._decoder = self.h2.decoder = _Decoder()
+        self._decoder.max_header_list_size = 2 * head_limit
         self.streams: dict[int, Http2Stream] = {}
         self.closed = False
         self.write_paused = False
@@ -157,8 +191,15 @@ class Http2Session:
         self._held: dict[Http2Stream, None] = {}  # streams that hold something, in turn
         self._queued = 0  # content bytes since the last ``take``
         self._extra: list[bytes] = []  # frames that h2 must not know of
+        self._given_up: dict[int, None] = {}  # streams that were reset from here, the last ones
+        self._unwanted = 0  # bytes of the connection's window that came for them
+        self._goaway_said = False
         self.h2.initiate_connection()
         self.h2.increment_flow_control_window(_CONNECTION_WINDOW - self.h2.inbound_flow_control_window)
+        # Announced is announced: h2 would end the connection at one stream more, we refuse that stream (RFC 9113
+        # section 5.1.2). A client that has not seen our SETTINGS yet may not know better.
+        self.h2.local_settings[SettingCodes.MAX_CONCURRENT_STREAMS] = STREAMS + 1
+        self.h2.local_settings.acknowledge()
 
     def __repr__(self) -> str:
         return f"<Http2Session {'client' if self.is_client else 'server'} streams={len(self.streams)}>"
@@ -171,20 +212,27 @@ class Http2Session:
         for frame in self.gate.feed(data, now):
             if frame.kind == GOAWAY:
                 self._goaway(frame)
+            elif frame.kind == DATA and frame.stream_id in self._given_up:
+                self._drop(frame)
+            elif frame.kind == SETTINGS:
+                self._frame(frame, known_settings(frame))
+                if self.h2.encoder.header_table_size > _TABLE_SIZE:
+                    self.h2.encoder.header_table_size = _TABLE_SIZE
             elif frame.kind != PRIORITY:
-                self._frame(frame)
+                self._frame(frame, frame.raw)
             if self.closed:
                 return
 
     def take(self) -> bytes:
         """What is to be written now; ``wake`` is called again when there is more."""
-        self._pump()
+        if not self.closed:
+            self._pump()
         self._queued = 0
         data = self.h2.data_to_send()
         if self._extra:
             data += b"".join(self._extra)
             self._extra.clear()
-        if self._held and not self.write_paused and self._queued_any():
+        if self._held and not self.closed and not self.write_paused and self._queued_any():
             self.owner.wake()
         return data
 
@@ -222,7 +270,8 @@ class Http2Session:
     def terminate(self, error: Http2Error) -> None:
         """Say why the connection ends; nothing is fed or sent after it."""
         self.closed = True
-        self.go_away(self.h2.highest_inbound_stream_id, error.code)
+        if not self._goaway_said:
+            self.go_away(self.h2.highest_inbound_stream_id, error.code)
 
     def close(self) -> None:
         """The socket is gone, or to be closed: let go of every stream. Users are not told."""
@@ -233,14 +282,14 @@ class Http2Session:
 
     # What comes
 
-    def _frame(self, frame: RawFrame) -> None:
+    def _frame(self, frame: RawFrame, raw: bytes) -> None:
         try:
-            events = self.h2.receive_data(frame.raw)
+            events = self.h2.receive_data(raw)
         except ProtocolError as error:
+            self._goaway_said = True  # by h2, for which this is the end
             raise Http2Error(error.error_code, str(error)) from None
-        if frame.stream_id and not events and frame.stream_id not in self.streams:
-            # It came for a stream that has ended: a little of that is under way after each reset.
-            self.gate.chore(self.heard_at)
+        if frame.kind in (DATA, HEADERS) and not events and frame.stream_id not in self.streams:
+            self._late(frame)
         for event in events:
             self._event(event)
             if self.closed:
@@ -254,20 +303,24 @@ class Http2Session:
             case RequestReceived():
                 stream = Http2Stream(self, event.stream_id)
                 stream.may_receive = event.stream_ended is None
+                if len(self.streams) >= STREAMS:
+                    stream.reset(ErrorCodes.REFUSED_STREAM)
+                    self.gate.reset(self.heard_at)
+                    return
                 self.streams[stream.id] = stream
-                self.owner.session_request(stream, event.headers, event.stream_ended is not None)
+                self.owner.session_request(stream, self._decoder.section, event.stream_ended is not None)
             case ResponseReceived():
                 if (found := self.streams.get(event.stream_id)) is not None:
                     ended = event.stream_ended is not None
                     found.may_receive = not ended
-                    found.user.stream_head(event.headers, ended)
+                    found.user.stream_head(self._decoder.section, ended)
             case InformationalResponseReceived():
                 if (found := self.streams.get(event.stream_id)) is not None:
                     self.gate.chore(self.heard_at)
-                    found.user.stream_interim(event.headers)
+                    found.user.stream_interim(self._decoder.section)
             case TrailersReceived():
                 if (found := self.streams.get(event.stream_id)) is not None:
-                    found.ended(event.headers)
+                    found.ended(self._decoder.section)
             case StreamReset():
                 self._reset(event)
             case WindowUpdated():
@@ -298,6 +351,7 @@ class Http2Session:
     def _reset(self, event: StreamReset) -> None:
         stream = self.streams.get(event.stream_id)
         if not event.remote_reset:
+            self.give_up(event.stream_id)
             self.gate.reset(self.heard_at)
         if stream is not None:
             user = stream.user
@@ -306,11 +360,24 @@ class Http2Session:
 
     def _goaway(self, frame: RawFrame) -> None:
         payload = frame.raw[9:]
-        if len(payload) < 8 or frame.stream_id:
-            raise Http2Error(ErrorCodes.FRAME_SIZE_ERROR, "a malformed GOAWAY")
         self.owner.session_goaway(
             int.from_bytes(payload[:4], "big") & _LARGEST_STREAM_ID, int.from_bytes(payload[4:8], "big")
         )
+
+    def _late(self, frame: RawFrame) -> None:
+        """A frame came for a stream that has ended. What is under way at a reset is honest, if it is worth sending."""
+        if len(frame.raw) < SUBSTANCE:
+            self.gate.chore(self.heard_at)
+
+    def _drop(self, frame: RawFrame) -> None:
+        """DATA of a stream that was reset: ignored (RFC 9113 section 5.1), and its window given back (section 6.9)."""
+        # h2 would answer each by a RST_STREAM, and a window of them looks like an attack to the peer.
+        self._late(frame)
+        self._unwanted += len(frame.raw) - 9
+        if self._unwanted >= _CONNECTION_WINDOW // 4:
+            self._extra.append(window_frame(self._unwanted))
+            self._unwanted = 0
+            self.owner.wake()
 
     def _pong(self) -> None:
         if self._pinged_at is not None:
@@ -330,15 +397,25 @@ class Http2Session:
         if self.streams.pop(stream.id, None) is not None and not self.closed:
             self.owner.session_room()
 
+    def give_up(self, stream_id: int) -> None:
+        """What still comes for this stream is to be ignored."""
+        given_up = self._given_up
+        given_up[stream_id] = None
+        if len(given_up) > _REMEMBERED:
+            del given_up[next(iter(given_up))]
+
     def write(self, stream_id: int, data: bytes) -> int:
         """Send as much of ``data`` as the windows allow, and one frame at the most; how much it was."""
         h2 = self.h2
-        size = min(len(data), h2.local_flow_control_window(stream_id), h2.max_outbound_frame_size)
+        window = h2.local_flow_control_window(stream_id)
+        size = min(len(data), window, h2.max_outbound_frame_size)
         if size <= 0:
             return 0
         h2.send_data(stream_id, data if size == len(data) else data[:size])
         self._queued += size
-        self.gate.sent_data()
+        if size < window or size >= SUBSTANCE:
+            # Who grants a byte at a time has earned nothing by it (CVE-2019-9511).
+            self.gate.sent_data()
         return size
 
     def probe(self) -> None:
@@ -380,10 +457,13 @@ class Http2Stream:
         "may_receive",
         "may_send",
         "session",
+        "stuck_since",
         "user",
     )
 
     user: StreamUser
+    stuck_since: float
+    "since when what is held has not moved, in seconds of the session's clock; infinity while nothing is held"
 
     def __init__(self, session: Http2Session, stream_id: int) -> None:
         self.session = session
@@ -393,6 +473,7 @@ class Http2Stream:
         self._held: deque[bytes] = deque()
         self._end: Fields | None = None  # it ends when what is held has gone
         self._peer_paused = False
+        self.stuck_since = inf
         # the direction we receive
         self.may_receive = True
         self._credit: ReceiveCredit | None = None
@@ -428,6 +509,8 @@ class Http2Stream:
                 data = data[size:]
             session.owner.wake()
         if data:
+            if not self._held:
+                self.stuck_since = session.clock()
             self._held.append(data)
             session.hold(self)
             if not self._peer_paused:
@@ -449,14 +532,18 @@ class Http2Stream:
         while held and wrote < limit:
             size = session.write(self.id, held[0])
             if not size:
-                return wrote
+                break
             wrote += size
             rest = held[0][size:]
             if rest:
                 held[0] = rest
             else:
                 held.popleft()
-        if not held:
+        if held:
+            if wrote:
+                self.stuck_since = session.clock()
+        else:
+            self.stuck_since = inf
             if self._end is not None:
                 self._finish()
             elif self._peer_paused:
@@ -528,12 +615,15 @@ class Http2Stream:
         # h2 refuses where both directions have ended in the meantime; then there is nothing left to say.
         with suppress(ProtocolError):
             self.session.h2.reset_stream(self.id, code)
+            if self.may_receive:
+                self.session.give_up(self.id)
         self.leave()
         self.session.owner.wake()
 
     def leave(self) -> None:
         """The stream is over."""
         self.may_send = self.may_receive = False
+        self.stuck_since = inf
         self._held.clear()
         self._end = None
         if self._credit is not None:

@@ -20,7 +20,7 @@ _CONNECTION_FIELDS: Final = frozenset(
     {b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"}
 )
 _PSEUDO: Final = frozenset({b":method", b":scheme", b":authority", b":path"})
-_TARGET: Final = re.compile(rb"[\x21-\x7e]+")
+_TARGET: Final = re.compile(rb"/[\x21-\x7e]*")
 _STATUS: Final = re.compile(rb"[1-9][0-9][0-9]")
 # RFC 9113 section 6.5.2
 _FIELD_OVERHEAD: Final = 32
@@ -36,9 +36,10 @@ def read_request(section: Fields, limits: VisitorLimits, *, ended: bool) -> Requ
         raise malformed(str(error)) from None
 
 
-def read_response(section: Fields, *, fields_limit: int) -> ResponseHead:
+def read_response(section: Fields, *, fields_limit: int, size_limit: int) -> ResponseHead:
     """A response's head, an interim one too. Raises ValueError."""
     pseudo, fields = _split(section)
+    _check_size(section, size_limit)
     status = pseudo.get(b":status", b"")
     # RFC 9113 section 8.6: there is no 101
     if len(pseudo) != 1 or _STATUS.fullmatch(status) is None or status == b"101":
@@ -47,9 +48,10 @@ def read_response(section: Fields, *, fields_limit: int) -> ResponseHead:
     return ResponseHead(int(status), fields)
 
 
-def read_trailers(section: Fields, *, fields_limit: int) -> Fields:
+def read_trailers(section: Fields, *, fields_limit: int, size_limit: int) -> Fields:
     """A trailer section. Raises ValueError."""
     pseudo, fields = _split(section)
+    _check_size(section, size_limit)
     if pseudo:
         raise ValueError("its trailer section has a pseudo-header field")
     _check(fields, fields_limit)
@@ -76,7 +78,8 @@ def _read_request(section: Fields, limits: VisitorLimits, ended: bool) -> Reques
         raise TunnelError(ErrorCode.NOT_IMPLEMENTED, "CONNECT is not offered over HTTP/2.")
     if pseudo.get(b":scheme") not in (b"http", b"https"):
         raise ValueError("its :scheme is neither http nor https")
-    if _TARGET.fullmatch(target) is None:
+    # RFC 9113 section 8.3.1; a proxy's absolute form has no place here, and would be a second authority.
+    if target != b"*" and _TARGET.fullmatch(target) is None:
         raise ValueError("its :path is not a path")
     _check(fields, limits.head_fields)
     target, authority, host = read_address(method, target, _hosts(pseudo, fields), b"1", secure=True)
@@ -122,6 +125,11 @@ def _split(section: Fields) -> tuple[dict[bytes, bytes], Fields]:
         else:
             pseudo[name] = value
     return pseudo, fields
+
+
+def _check_size(section: Fields, limit: int) -> None:
+    if field_section_size(section) > limit:
+        raise ValueError("a field section is too large")
 
 
 def _check(fields: Fields, limit: int) -> None:

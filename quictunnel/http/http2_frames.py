@@ -5,8 +5,8 @@ And it has no opinion on how often a peer may send what costs us work and the pe
 (RFC 9113 section 4.1), one is handled at a time, and two allowances are kept:
 
     resets    streams opened and given up (CVE-2023-44487), or that had to be given up because of what the peer sent
-    chores    PING, SETTINGS, PRIORITY, WINDOW_UPDATE, CONTINUATION, unknown frames, DATA that brings nothing (RFC 9113
-              section 10.5); WINDOW_UPDATE is earned back by the DATA it answers
+    chores    PING, SETTINGS, PRIORITY, WINDOW_UPDATE, unknown frames, DATA that brings nothing and CONTINUATION that
+              brings little (RFC 9113 section 10.5); WINDOW_UPDATE is earned back by the DATA it answers
 
 No socket and no clock in it.
 """
@@ -15,7 +15,23 @@ from typing import Final, NamedTuple
 
 from h2.errors import ErrorCodes
 
-__all__ = ["GOAWAY", "PREFACE", "Allowance", "FrameGate", "Http2Error", "RawFrame", "goaway_frame"]
+__all__ = [
+    "DATA",
+    "GOAWAY",
+    "HEADERS",
+    "PREFACE",
+    "PRIORITY",
+    "RST_STREAM",
+    "SETTINGS",
+    "SUBSTANCE",
+    "Allowance",
+    "FrameGate",
+    "Http2Error",
+    "RawFrame",
+    "goaway_frame",
+    "known_settings",
+    "window_frame",
+]
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 "what a client's connection begins with (RFC 9113 section 3.4)"
@@ -25,8 +41,17 @@ FRAME_SIZE: Final = 16_384
 
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
 
+SUBSTANCE: Final = 1024
+"bytes of a payload that cost their sender more than us"
+
 _HEADER_SIZE: Final = 9
+_ACK: Final = 0x1
 _END_HEADERS: Final = 0x4
+_PRIORITY_SIZE: Final = 5
+_GOAWAY_SIZE: Final = 8
+_SETTING_SIZE: Final = 6
+# RFC 9113 section 6.5.2, and ENABLE_CONNECT_PROTOCOL of RFC 8441.
+_SETTINGS_KNOWN: Final = frozenset({1, 2, 3, 4, 5, 6, 8})
 
 # nghttp2's defaults for streams that are reset; the burst of chores is Go's limit of queued control frames.
 _RESETS: Final = (1000, 33.0)
@@ -128,13 +153,14 @@ class FrameGate:
             kind, flags = data[position + 3], data[position + 4]
             if not self._started:
                 # Before its payload is waited for: whatever this is, it is not HTTP/2 (RFC 9113 section 3.4).
-                if kind != SETTINGS or flags & 1:
+                if kind != SETTINGS or flags & _ACK:
                     raise Http2Error(ErrorCodes.PROTOCOL_ERROR, "its first frame is not SETTINGS")
                 self._started = True
             if end > size:
                 break
-            self._count(kind, flags, length, now)
             stream_id = int.from_bytes(data[position + 5 : position + 9], "big") & 0x7FFF_FFFF
+            self._check(kind, stream_id, length)
+            self._count(kind, flags, length, now)
             frames.append(RawFrame(kind, stream_id, data[position:end]))
             position = end
         if position < size:
@@ -152,17 +178,31 @@ class FrameGate:
             raise Http2Error(ErrorCodes.ENHANCE_YOUR_CALM, "too many frames that carry nothing")
 
     def sent_data(self) -> None:
-        """A DATA frame went out."""
+        """A DATA frame went out that was worth its while."""
         self._chores.earn(_EARNED)
 
-    def _count(self, kind: int, flags: int, length: int, now: float) -> None:
+    def _check(self, kind: int, stream_id: int, length: int) -> None:
+        """What ``h2`` would have to say of the frames that it never gets (RFC 9113 sections 6.3 and 6.8)."""
         if self._block is not None and kind != CONTINUATION:
             raise Http2Error(ErrorCodes.PROTOCOL_ERROR, "a frame within a field section")  # RFC 9113 section 4.3
+        if kind == PRIORITY:
+            if not stream_id:
+                raise Http2Error(ErrorCodes.PROTOCOL_ERROR, "a PRIORITY for no stream")
+            if length != _PRIORITY_SIZE:
+                raise Http2Error(ErrorCodes.FRAME_SIZE_ERROR, f"a PRIORITY of {length} bytes")
+        elif kind == GOAWAY:
+            if stream_id:
+                raise Http2Error(ErrorCodes.PROTOCOL_ERROR, "a GOAWAY for one stream")
+            if length < _GOAWAY_SIZE:
+                raise Http2Error(ErrorCodes.FRAME_SIZE_ERROR, f"a GOAWAY of {length} bytes")
+
+    def _count(self, kind: int, flags: int, length: int, now: float) -> None:
         if kind == HEADERS:
             self._block = length
         elif kind == CONTINUATION and self._block is not None:
             self._block += length
-            self.chore(now)
+            if length < SUBSTANCE:
+                self.chore(now)
         elif kind == RST_STREAM:
             self.reset(now)
         elif kind != DATA:
@@ -178,3 +218,27 @@ def goaway_frame(last_stream_id: int, code: int) -> bytes:
     """A GOAWAY without debug data (RFC 9113 section 6.8)."""
     payload = last_stream_id.to_bytes(4, "big") + code.to_bytes(4, "big")
     return len(payload).to_bytes(3, "big") + bytes((GOAWAY, 0)) + bytes(4) + payload
+
+
+def window_frame(size: int) -> bytes:
+    """A WINDOW_UPDATE for the connection (RFC 9113 section 6.9)."""
+    return (4).to_bytes(3, "big") + bytes((WINDOW_UPDATE, 0)) + bytes(4) + size.to_bytes(4, "big")
+
+
+def known_settings(frame: RawFrame) -> bytes:
+    """A SETTINGS frame without the settings that nobody here knows, which are to be ignored (RFC 9113 section 6.5.2).
+
+    ``h2`` keeps each of the 65,536 that there may be, and walks them all at each SETTINGS.
+    """
+    raw = frame.raw
+    payload = raw[_HEADER_SIZE:]
+    if len(payload) % _SETTING_SIZE:
+        return raw
+    kept = b"".join(
+        payload[start : start + _SETTING_SIZE]
+        for start in range(0, len(payload), _SETTING_SIZE)
+        if int.from_bytes(payload[start : start + 2], "big") in _SETTINGS_KNOWN
+    )
+    if len(kept) == len(payload):
+        return raw
+    return len(kept).to_bytes(3, "big") + raw[3:_HEADER_SIZE] + kept

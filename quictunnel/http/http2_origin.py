@@ -107,7 +107,7 @@ class Http2Origin(OriginPool["Http2OriginLeg", "Http2OriginConnection"]):
                 raise TunnelError(ErrorCode.HTTP_PROTOCOL_ERROR, "the backend does not offer HTTP/2 (by ALPN)")
         except TunnelError as error:
             self._dialling = None
-            if not self._connections:
+            if not any(each.is_open for each in self._connections):
                 for leg in list(self._waiting):
                     leg.fail(error)
             return
@@ -154,6 +154,11 @@ class Http2OriginConnection(asyncio.Protocol):
         """Whether the backend agreed to speak HTTP/2, or was not asked."""
         tls = self.transport.get_extra_info("ssl_object")
         return tls is None or tls.selected_alpn_protocol() == "h2"
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it may ever carry another exchange."""
+        return not self._draining
 
     @property
     def room(self) -> int:
@@ -490,11 +495,11 @@ class Http2OriginLeg(Leg):
 
     def stream_end(self, trailers: Fields) -> None:
         if self._answer_left:
-            # h2 watches over lengths too, but not where trailers follow or a head is all there is.
             self._broken("its body is shorter than its content-length")
             return
+        limits = self._origin.limits
         try:
-            fields = read_trailers(trailers, fields_limit=self._origin.limits.head_fields)
+            fields = read_trailers(trailers, fields_limit=limits.head_fields, size_limit=limits.head_size)
         except ValueError as error:
             self._broken(str(error))
             return
@@ -590,8 +595,9 @@ class Http2OriginLeg(Leg):
         return True
 
     def _read(self, section: Fields) -> ResponseHead | None:
+        limits = self._origin.limits
         try:
-            return read_response(section, fields_limit=self._origin.limits.head_fields)
+            return read_response(section, fields_limit=limits.head_fields, size_limit=limits.head_size)
         except ValueError as error:
             self._broken(str(error))
             return None

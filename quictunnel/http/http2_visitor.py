@@ -119,6 +119,8 @@ class Http2VisitorConnection(VisitorOutput):
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        # It has taken something: a sign of life as good as any, and no other was listened for.
+        self._session.heard_at = self._loop.time()
         self._session.resume()
         self._read(True)
 
@@ -127,6 +129,7 @@ class Http2VisitorConnection(VisitorOutput):
     def session_request(self, stream: Http2Stream, fields: Fields, ended: bool) -> None:
         if self._refused_above is not None and stream.id > self._refused_above:
             stream.reset(ErrorCodes.REFUSED_STREAM)
+            self.misused()
             return
         leg = Http2VisitorLeg(self, stream, self._forwarding.client, self._loop.time())
         stream.user = leg
@@ -161,6 +164,11 @@ class Http2VisitorConnection(VisitorOutput):
         """Until when a request's body may be silent from now on."""
         return self._loop.time() + self.limits.body_idle_time
 
+    @property
+    def write_idle_time(self) -> float:
+        """How long a visitor may take nothing of an answer, in seconds."""
+        return self.limits.write_idle_time
+
     def misused(self) -> None:
         """A stream had to be given up because of what the visitor sent."""
         try:
@@ -173,6 +181,7 @@ class Http2VisitorConnection(VisitorOutput):
         self._leave(leg)
         if not self._legs:
             self._idle_since = self._loop.time()
+            self.deadline = inf  # a frame under way has its time from now on
             self._watch()
 
     # Writing
@@ -200,7 +209,9 @@ class Http2VisitorConnection(VisitorOutput):
         if now >= self.write_deadline:
             self._expire_writes()
         elif self._closing:
-            self.abort()
+            # What waits to be taken has its own limit.
+            if not self._transport.get_write_buffer_size():
+                self.abort()
         elif self._legs:
             self._look(now)
         elif self._session.gate.is_waiting:
@@ -243,13 +254,14 @@ class Http2VisitorConnection(VisitorOutput):
 
     def _look(self, now: float) -> None:
         """Are there uploads that have stopped, or has the visitor gone without a word?"""
-        silence = now - self._session.heard_at
-        if self._pinged and silence >= self.limits.idle_time + _PONG_TIME:
-            self.abort()
-            return
-        if not self._pinged and silence >= self.limits.idle_time:
-            self._pinged = True
-            self._session.ping()
+        if self._reading:  # while nothing is read, the limit on writes stands for this one
+            silence = now - self._session.heard_at
+            if self._pinged and silence >= self.limits.idle_time + _PONG_TIME:
+                self.abort()
+                return
+            if not self._pinged and silence >= self.limits.idle_time:
+                self._pinged = True
+                self._session.ping()
         for leg in list(self._legs):
             leg.expire(now)
 
@@ -344,8 +356,12 @@ class Http2VisitorLeg(VisitorLeg):
             self.abort(error)
 
     def expire(self, now: float) -> None:
-        """The time is ``now``: is the request's body late?"""
-        if now >= self._deadline:
+        """The time is ``now``: is the request's body late, or does the visitor grant no window for the answer?"""
+        if not self._connection.is_stuck and now >= self._stream.stuck_since + self._connection.write_idle_time:
+            error = TunnelError(ErrorCode.CANCELLED, "The visitor takes nothing of the answer.")
+            self.cancel(error)
+            self._cut(ErrorCodes.CANCEL)
+        elif now >= self._deadline:
             error = TunnelError(ErrorCode.REQUEST_TIMEOUT, "The request's body stopped coming.")
             self.cancel(error)
             self.abort(error)
@@ -360,17 +376,20 @@ class Http2VisitorLeg(VisitorLeg):
     def stream_data(self, data: bytes) -> None:
         if self.announced is not None:
             self.announced -= len(data)
+            if self.announced < 0:
+                self.refuse(TunnelError(ErrorCode.BAD_REQUEST, "The request is malformed: its body is too long."))
+                return
         self._renew()
         self.hand_body(data)
 
     def stream_end(self, trailers: Fields) -> None:
         self._deadline = inf
         if self.announced:
-            # h2 watches over lengths too, but not where trailers follow.
             self.refuse(TunnelError(ErrorCode.BAD_REQUEST, "The request is malformed: its body is too short."))
             return
+        limits = self._connection.limits
         try:
-            fields = read_trailers(trailers, fields_limit=self._connection.limits.head_fields)
+            fields = read_trailers(trailers, fields_limit=limits.head_fields, size_limit=limits.head_size)
         except ValueError as error:
             self.refuse(TunnelError(ErrorCode.BAD_REQUEST, f"The request is malformed: {error}."))
             return
