@@ -301,6 +301,9 @@ class Http2Session:
             case DataReceived():
                 self._data(event)
             case RequestReceived():
+                if self.is_client:
+                    # h2 lets a server open a stream by itself, which nothing may do but a PUSH_PROMISE that we forbid.
+                    raise Http2Error(ErrorCodes.PROTOCOL_ERROR, "the server opened a stream")
                 stream = Http2Stream(self, event.stream_id)
                 stream.may_receive = event.stream_ended is None
                 if len(self.streams) >= STREAMS:

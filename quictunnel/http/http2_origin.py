@@ -304,6 +304,7 @@ class Http2OriginLeg(Leg):
         "_asked",
         "_bodiless",
         "_connection",
+        "_expects",
         "_head",
         "_head_seen",
         "_held",
@@ -335,6 +336,7 @@ class Http2OriginLeg(Leg):
         self._length: int | None = None
         self._left: int | None = None  # bytes of its body still due, None if no length was announced
         self._asked = False
+        self._expects = False  # the visitor waits for a 100 before it sends the body
         self._held: list[Frame] = []
         self._peer_paused = False
         self._replay: list[Frame] | None = []
@@ -406,9 +408,9 @@ class Http2OriginLeg(Leg):
         if self._stream is stream and self._peer_paused and not stream.holds:
             self._peer_paused = False
             self.peer.resume()
+        if not self._asked and not self._replay_size and any(name == b"expect" for name, _ in head.fields):
+            self._expects = True
         self._renew()
-        if not self._asked and any(name == b"expect" for name, _ in head.fields):
-            self._await_head()
 
     def fail(self, error: TunnelError) -> None:
         """The backend failed: tell the peer."""
@@ -438,7 +440,8 @@ class Http2OriginLeg(Leg):
         """The time is ``now``: is the backend late?"""
         if now < self.deadline:
             return
-        if not self._asked and not self._head_seen and self._stream is not None and not self._stream.holds:
+        late = self._asked or self._expects or self._head_seen
+        if not late and self._stream is not None and not self._stream.holds:
             self.deadline = inf  # it has taken what it was late to take, and the rest is the visitor's to send
         else:
             if self._head_seen:
@@ -558,6 +561,9 @@ class Http2OriginLeg(Leg):
                 if self._left < 0:
                     self._refuse("its body is longer than its content-length")
                     return
+            if self._expects:
+                self._expects = False
+                self.deadline = inf
             stream.send_data(frame.data)
             if stream.holds and self.deadline == inf:
                 self._await_head()  # a backend that takes nothing more must at least answer
@@ -614,7 +620,7 @@ class Http2OriginLeg(Leg):
         if self._head_seen:
             limit = self._origin.limits.body_idle_time
             self.deadline = inf if limit is None else asyncio.get_running_loop().time() + limit
-        elif self._asked:
+        elif self._asked or self._expects:
             self._await_head()
 
     def _give_up(self) -> Leg:

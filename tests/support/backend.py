@@ -6,9 +6,11 @@ from typing import Any
 
 from quictunnel.exchange import Leg, join
 from quictunnel.http.dial import Dialler
+from quictunnel.http.http2_origin import Http2Origin, Http2OriginConnection
 from quictunnel.http.limits import OriginLimits
 from quictunnel.http.origin import Origin
 from quictunnel.http.origin_connection import OriginConnection
+from quictunnel.wire.credit import WindowBudget
 from quictunnel.wire.errors import ErrorCode, TunnelError
 from quictunnel.wire.frames import Data, End, Fields, Frame, RequestHead, ResponseHead
 
@@ -102,8 +104,8 @@ class Visitor(Leg):
 class Socket(asyncio.Transport):
     """A transport whose other end is the test."""
 
-    def __init__(self, protocol: OriginConnection) -> None:
-        super().__init__()
+    def __init__(self, protocol: OriginConnection | Http2OriginConnection, tls: object = None) -> None:
+        super().__init__({"ssl_object": tls})
         self.protocol = protocol
         self.writes: list[bytes] = []
         self.stuck = 0
@@ -179,7 +181,7 @@ class Socket(asyncio.Transport):
 class MemoryDialler(Dialler):
     """Makes sockets of a MemoryOrigin."""
 
-    def __init__(self, origin: "MemoryOrigin", connect_time: float) -> None:
+    def __init__(self, origin: "MemoryOrigin | MemoryHttp2Origin", connect_time: float) -> None:
         super().__init__("backend.example", 80, authority="backend.example", connect_time=connect_time)
         self._origin = origin
 
@@ -190,7 +192,7 @@ class MemoryDialler(Dialler):
         if origin.refuse is not None:
             raise origin.refuse
         connection = protocol()
-        socket = Socket(connection)
+        socket = Socket(connection, origin.tls)
         origin.sockets.append(socket)
         connection.connection_made(socket)
         return connection
@@ -205,6 +207,7 @@ class MemoryOrigin(Origin):
         self.sockets: list[Socket] = []
         self.refuse: Exception | None = None
         self.hold: asyncio.Event | None = None
+        self.tls: object = None
 
     @property
     def socket(self) -> Socket:
@@ -215,6 +218,23 @@ class MemoryOrigin(Origin):
     def counts(self) -> tuple[int, int, int, int]:
         """In flight, open connections, kept connections, dials."""
         return self.in_flight, self.connections, self.kept, self.dials
+
+
+class MemoryHttp2Origin(Http2Origin):
+    """A ``MemoryOrigin`` of HTTP/2; ``tls`` is what its sockets say of TLS."""
+
+    def __init__(self, limits: OriginLimits | None = None, budget: WindowBudget | None = None) -> None:
+        super().__init__("backend.example", 80, authority="backend.example", limits=limits, budget=budget)
+        self.dialler = MemoryDialler(self, self.limits.connect_time)
+        self.sockets: list[Socket] = []
+        self.refuse: Exception | None = None
+        self.hold: asyncio.Event | None = None
+        self.tls: object = None
+
+    @property
+    def counts(self) -> tuple[int, int, int, int]:
+        """In flight, open connections, legs that wait, dials."""
+        return self.in_flight, self.connections, len(self._waiting), self.dials
 
 
 async def turns(count: int = 8) -> None:

@@ -10,6 +10,7 @@ from quictunnel.exchange import Leg, join
 from quictunnel.http.tls import VisitorSocket
 from quictunnel.http.visitor import VisitorLeg, VisitorLimits, VisitorListener
 from quictunnel.http.visitor_connection import VisitorConnection
+from quictunnel.http.visitor_output import VisitorOutput
 from quictunnel.wire.errors import TunnelError
 from quictunnel.wire.frames import Data, End, Frame, RequestHead, ResponseHead
 
@@ -36,9 +37,9 @@ class FakeSocket:
 class FakeTls(VisitorSocket):
     """The outcome of a handshake, without one."""
 
-    alpn: str
+    alpn: str | None
 
-    def selected_alpn_protocol(self) -> str:
+    def selected_alpn_protocol(self) -> str | None:
         return self.alpn
 
 
@@ -46,7 +47,7 @@ class FakeTransport(asyncio.Transport):
     """A transport that keeps what is written; ``taken`` False leaves it in the buffer."""
 
     def __init__(
-        self, peer: object = ("192.0.2.7", 5555), *, tls: bool = False, asked: str = "", alpn: str = "http/1.1"
+        self, peer: object = ("192.0.2.7", 5555), *, tls: bool = False, asked: str = "", alpn: str | None = "http/1.1"
     ) -> None:
         extra: dict[str, object] = {"peername": peer, "socket": FakeSocket()}
         if tls:
@@ -55,7 +56,7 @@ class FakeTransport(asyncio.Transport):
             extra |= {"sslcontext": object(), "ssl_object": handshake}
         super().__init__(extra)
         self.tls = tls
-        self.protocol: VisitorConnection | None = None
+        self.protocol: VisitorOutput | None = None
         self.writes: list[bytes] = []
         self.reading = True
         self.eof = self.closed = self.aborted = self.lost = False
@@ -78,6 +79,10 @@ class FakeTransport(asyncio.Transport):
         assert not self.eof, "a write after the half-close"
         assert data, "an empty write"
         self.writes.append(bytes(data))
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        assert isinstance(protocol, VisitorOutput)
+        self.protocol = protocol
 
     def can_write_eof(self) -> bool:
         return not self.tls
@@ -203,11 +208,16 @@ class Edge:
         return self.peers[-1]
 
     def connect(
-        self, peer: object = ("192.0.2.7", 5555), *, tls: bool = False, asked: str = ""
+        self,
+        peer: object = ("192.0.2.7", 5555),
+        *,
+        tls: bool = False,
+        asked: str = "",
+        alpn: str | None = "http/1.1",
     ) -> tuple[VisitorConnection, FakeTransport]:
         """A new connection of a visitor, who ``asked`` for that host in its TLS handshake."""
         connection = VisitorConnection(self.listener)
-        transport = FakeTransport(peer, tls=tls, asked=asked)
+        transport = FakeTransport(peer, tls=tls, asked=asked, alpn=alpn)
         transport.protocol = connection
         connection.connection_made(transport)
         return connection, transport
