@@ -1,9 +1,13 @@
 """ASGI applications for ``quictunnel connect tests.support.apps:app``."""
 
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, NamedTuple
+
+from quictunnel.wire.frames import Fields
 
 Event = dict[str, Any]
+
+BIG_BODY = (bytes(range(256)) * 11_719)[:3_000_000]
 
 
 async def app(scope: Event, receive: Callable[[], Awaitable[Event]], send: Callable[[Event], Awaitable[None]]) -> None:
@@ -44,3 +48,67 @@ async def mirror(
         event = await receive()
         more = event.get("more_body", False)
         await send({"type": "http.response.body", "body": event.get("body", b""), "more_body": more})
+
+
+class Asked(NamedTuple):
+    """A request as the application gets it."""
+
+    method: str
+    path: str
+    body: bytes
+    trailers: Fields
+
+
+class Said(NamedTuple):
+    """What the application answers."""
+
+    status: int
+    fields: Fields
+    body: bytes
+    trailers: Fields | None = None
+    interim: int = 0
+    "a status that goes before it"
+
+
+def application(asked: Asked) -> Said:
+    """Answers by the path; the same for every backend."""
+    what = asked.path.strip("/")
+    body = b"%b %b %d" % (asked.method.encode(), asked.path.encode(), len(asked.body))
+    length = [(b"content-length", b"%d" % len(body))]
+    match what:
+        case "length":
+            return Said(200, length, body)
+        case "echo":
+            return Said(200, [(b"content-length", b"%d" % len(asked.body))], asked.body)
+        case "big":
+            return Said(200, [], BIG_BODY)
+        case "empty":
+            return Said(200, [(b"content-length", b"0")], b"")
+        case "nothing":
+            return Said(200, [], b"")
+        case "204" | "304":
+            return Said(int(what), [(b"etag", b'"x"')], b"")
+        case "trailers":
+            return Said(200, [], body, [(b"x-sum", b"%d" % len(body)), (b"x-got", repr(asked.trailers).encode())])
+        case "early":
+            return Said(200, [], body, interim=103)
+    return Said(200, [], body)
+
+
+async def mixed(
+    scope: Event, receive: Callable[[], Awaitable[Event]], send: Callable[[Event], Awaitable[None]]
+) -> None:
+    """The application of the mixes of HTTP versions."""
+    if scope["type"] == "lifespan":
+        while (await receive())["type"] != "lifespan.shutdown":
+            await send({"type": "lifespan.startup.complete"})
+        await send({"type": "lifespan.shutdown.complete"})
+        return
+    body, more = b"", True
+    while more:
+        event = await receive()
+        body += event.get("body", b"")
+        more = event.get("more_body", False)
+    said = application(Asked(scope["method"], scope["path"], body, []))
+    await send({"type": "http.response.start", "status": said.status, "headers": said.fields})
+    await send({"type": "http.response.body", "body": said.body})

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from quictunnel.wire.frames import Fields
+
 __all__ = ["Connection", "HttpbinBackend", "RawBackend", "answer", "echo"]
 
 LIMIT = 30.0
@@ -59,7 +61,7 @@ class Connection:
         """The body that a head announces, without its framing."""
         fields = head.lower()
         if b"\r\ntransfer-encoding: chunked\r\n" in fields:
-            return self._chunks()
+            return b"".join(self.chunks())
         _, found, rest = fields.partition(b"\r\ncontent-length: ")
         return self.read(int(rest.split(b"\r\n")[0])) if found else b""
 
@@ -98,14 +100,17 @@ class Connection:
             while self.sock.recv(65536):
                 pass
 
-    def _chunks(self) -> bytes:
+    def chunks(self, trailers: Fields | None = None) -> list[bytes]:
+        """The chunks of a body; its trailer fields are added to ``trailers``."""
         parts = []
         while size := int(self.line().split(b";")[0], 16):
             parts.append(self.read(size))
             self.read(2)
-        while self.line():
-            pass
-        return b"".join(parts)
+        while line := self.line():
+            if trailers is not None:
+                name, _, value = line.partition(b": ")
+                trailers.append((name.lower(), value))
+        return parts
 
     def line(self) -> bytes:
         """The next line, without its end."""
@@ -182,6 +187,12 @@ class RawBackend:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+    @property
+    def open(self) -> int:
+        """Connections that are open now."""
+        with self._lock:
+            return len(self._open)
 
     def cut(self) -> None:
         """Cut every connection, and wait until the last of them is over."""
