@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from math import inf
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 
 from h2.config import H2Configuration
 from h2.connection import H2Connection
@@ -134,7 +134,7 @@ class _Decoder(Decoder):
 
     def decode(self, data: bytes, raw: bool = False) -> Iterable[HeaderTuple]:
         fields = list(super().decode(data, raw))
-        self.section = [(name, value) for name, value in fields]
+        self.section = cast(Fields, fields)
         return [field for field in fields if field[0] != b"content-length"]
 
 

@@ -440,15 +440,16 @@ class Http2OriginLeg(Leg):
         """The time is ``now``: is the backend late?"""
         if now < self.deadline:
             return
-        late = self._asked or self._expects or self._head_seen
-        if not late and self._stream is not None and not self._stream.holds:
-            self.deadline = inf  # it has taken what it was late to take, and the rest is the visitor's to send
+        if self._stream is not None and not (self._asked or self._expects or self._head_seen):
+            # It is late only in taking the upload: since when has it taken nothing of it?
+            self.deadline = self._stream.stuck_since + self._origin.limits.head_time
+            if now < self.deadline:
+                return
+        if self._head_seen:
+            what = "the backend fell silent within its answer"
         else:
-            if self._head_seen:
-                what = "the backend fell silent within its answer"
-            else:
-                what = f"the backend did not answer within {self._origin.limits.head_time:g} s"
-            self.cut(TunnelError(ErrorCode.HTTP_RESPONSE_TIMEOUT, what))
+            what = f"the backend did not answer within {self._origin.limits.head_time:g} s"
+        self.cut(TunnelError(ErrorCode.HTTP_RESPONSE_TIMEOUT, what))
 
     # What the stream tells
 

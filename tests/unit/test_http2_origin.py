@@ -677,6 +677,21 @@ def test_limits_on_time() -> None:
     run(scenario())
 
 
+def test_a_backend_that_takes_an_upload_slowly_is_not_late() -> None:
+    async def scenario() -> None:
+        async with site({4: 1000}, head_time=5.0) as it:
+            visitor = await it.asks(UPLOAD)
+            visitor.peer.receive(Data(bytes(30_000)))
+            for _ in range(12):
+                await asyncio.sleep(2)
+                await it.backend.says(frame(WINDOW_UPDATE, 0, 1, (1000).to_bytes(4, "big")))
+                assert visitor.error is None
+            await visitor.over(limit=60)
+            assert visitor.code is ErrorCode.HTTP_RESPONSE_TIMEOUT
+
+    run(scenario())
+
+
 # Pausing
 
 
