@@ -4,8 +4,9 @@ The state machine and HPACK are ``h2``'s; what goes in comes through ``http2_fra
 belongs to a leg, which hears of everything by the calls of ``StreamUser``. Either role: a server's session for a
 visitor, a client's for a backend.
 
-Flow control. What a leg hands over beyond the peer's window, or while the socket takes nothing, is held by the stream
-and pauses the leg's peer; how much that can be is bounded by whoever is paused. What comes is counted by the
+Flow control. What a leg hands over is held by its stream until the end of the loop's turn, so that pieces share a
+frame and the last one ends the stream. What does not fit the peer's window then, or comes while the socket takes
+nothing, pauses the leg's peer; how much that can be is bounded by whoever is paused. What comes is counted by the
 exchange's own kind of credit, so a stream's window opens only as its reader takes; the connection's window is given
 back at once, or one stream's reader could stop all others.
 """
@@ -407,14 +408,20 @@ class Http2Session:
         if len(given_up) > _REMEMBERED:
             del given_up[next(iter(given_up))]
 
-    def write(self, stream_id: int, data: bytes) -> int:
-        """Send as much of ``data`` as the windows allow, and one frame at the most; how much it was."""
+    def write(self, stream_id: int, data: bytes, *, end: bool) -> int:
+        """Send as much of ``data`` as the windows allow, and one frame at the most; how much it was.
+
+        ``end`` is whether the direction ends with the last byte of it.
+        """
         h2 = self.h2
         window = h2.local_flow_control_window(stream_id)
         size = min(len(data), window, h2.max_outbound_frame_size)
         if size <= 0:
             return 0
-        h2.send_data(stream_id, data if size == len(data) else data[:size])
+        if size == len(data):
+            h2.send_data(stream_id, data, end_stream=end)
+        else:
+            h2.send_data(stream_id, data[:size])
         self._queued += size
         if size < window or size >= SUBSTANCE:
             # Who grants a byte at a time has earned nothing by it (CVE-2019-9511).
@@ -442,6 +449,8 @@ class Http2Session:
             idle = 0 if stream.pump(_SLICE) else idle + 1
             if stream.holds:
                 self._held[stream] = None
+        for stream in list(self._held):
+            stream.pause_peer()
 
     def _queued_any(self) -> bool:
         return any(self.h2.local_flow_control_window(stream.id) > 0 for stream in self._held)
@@ -456,6 +465,7 @@ class Http2Stream:
         "_held",
         "_paused",
         "_peer_paused",
+        "_size",
         "id",
         "may_receive",
         "may_send",
@@ -474,6 +484,7 @@ class Http2Stream:
         # the direction we send
         self.may_send = True
         self._held: deque[bytes] = deque()
+        self._size = 0  # bytes of it
         self._end: Fields | None = None  # it ends when what is held has gone
         self._peer_paused = False
         self.stuck_since = inf
@@ -500,25 +511,29 @@ class Http2Stream:
             self._sent()
 
     def send_data(self, data: bytes) -> None:
-        """Content: now, as far as it may go, and the rest when it may."""
-        if not self.may_send:
+        """Content, which goes at the end of the loop's turn, together with what else comes in it."""
+        if not data or not self.may_send:
             return
-        session = self.session
         if not self._held:
-            while data and not session.is_full:
-                size = session.write(self.id, data)
-                if not size:
-                    break
-                data = data[size:]
-            session.owner.wake()
-        if data:
-            if not self._held:
-                self.stuck_since = session.clock()
-            self._held.append(data)
-            session.hold(self)
-            if not self._peer_paused:
-                self._peer_paused = True
-                self.user.peer.pause()
+            self.stuck_since = self.session.clock()
+        self._held.append(data)
+        self._size += len(data)
+        self.session.hold(self)
+        if self._size >= _BATCH or self.session.write_paused:
+            self.pause_peer()
+
+    def pause_peer(self) -> None:
+        """Nothing more can be taken until what is held has gone."""
+        if self.holds and not self._peer_paused:
+            self._peer_paused = True
+            self.user.peer.pause()
+
+    def resume_peer(self) -> None:
+        """The peer was paused for want of a stream: it goes on when what is held has gone."""
+        if self.holds:
+            self._peer_paused = True
+        else:
+            self.user.peer.resume()
 
     def send_end(self, trailers: Fields) -> None:
         """The direction is complete."""
@@ -532,33 +547,36 @@ class Http2Stream:
         """Write up to ``limit`` bytes of what is held; how many it were."""
         wrote = 0
         held, session = self._held, self.session
+        if len(held) > 1:
+            data = b"".join(held)
+            held.clear()
+            held.append(data)
         while held and wrote < limit:
-            size = session.write(self.id, held[0])
+            size = session.write(self.id, held[0], end=self._end == [])
             if not size:
                 break
             wrote += size
-            rest = held[0][size:]
+            rest = held.popleft()[size:]
             if rest:
-                held[0] = rest
-            else:
-                held.popleft()
+                held.appendleft(rest)
+        self._size -= wrote
         if held:
             if wrote:
                 self.stuck_since = session.clock()
-        else:
-            self.stuck_since = inf
-            if self._end is not None:
-                self._finish()
-            elif self._peer_paused:
-                self._peer_paused = False
-                self.user.peer.resume()
+            return wrote
+        self.stuck_since = inf
+        if self._end is not None:
+            self._finish(ended=self._end == [] and wrote > 0)
+        elif self._peer_paused:
+            self._peer_paused = False
+            self.user.peer.resume()
         return wrote
 
-    def _finish(self) -> None:
+    def _finish(self, *, ended: bool = False) -> None:
         end = self._end
         if end:
             self.session.h2.send_headers(self.id, _marked(end), end_stream=True)
-        else:
+        elif not ended:
             self.session.h2.end_stream(self.id)
         self.session.owner.wake()
         self._sent()
@@ -628,6 +646,7 @@ class Http2Stream:
         self.may_send = self.may_receive = False
         self.stuck_since = inf
         self._held.clear()
+        self._size = 0
         self._end = None
         if self._credit is not None:
             self._credit.release()

@@ -405,9 +405,9 @@ class Http2OriginLeg(Leg):
         for frame in held:
             if self._stream is stream:
                 self._send(stream, frame)
-        if self._stream is stream and self._peer_paused and not stream.holds:
+        if self._stream is stream and self._peer_paused:
             self._peer_paused = False
-            self.peer.resume()
+            stream.resume_peer()
         if not self._asked and not self._replay_size and any(name == b"expect" for name, _ in head.fields):
             self._expects = True
         self._renew()

@@ -374,6 +374,8 @@ class Http2VisitorLeg(VisitorLeg):
     # What the stream tells
 
     def stream_data(self, data: bytes) -> None:
+        if self.error is not None:
+            return  # its answer is on its way
         if self.announced is not None:
             self.announced -= len(data)
             if self.announced < 0:
@@ -384,6 +386,8 @@ class Http2VisitorLeg(VisitorLeg):
 
     def stream_end(self, trailers: Fields) -> None:
         self._deadline = inf
+        if self.error is not None:
+            return
         if self.announced:
             self.refuse(TunnelError(ErrorCode.BAD_REQUEST, "The request is malformed: its body is too short."))
             return
@@ -473,6 +477,7 @@ class Http2VisitorLeg(VisitorLeg):
         fields, body = error_answer(error, accept, self._connection.date)
         self._connection.head_gone(self)
         self._head = None
+        self._deadline = inf
         self.status = error.fault.status
         stream = self._stream
         with_body = self.method != b"HEAD"

@@ -491,13 +491,17 @@ def test_a_user_may_reset_while_its_data_is_handed_over() -> None:
     assert joined.client.left == joined.server.left == (0, 0, 0)
 
 
-def test_a_user_may_reset_while_what_it_sends_pauses_its_source() -> None:
+@pytest.mark.parametrize("size", [INITIAL_WINDOW * 2, 1000], ids=["at once", "at the end of the turn"])
+def test_a_user_may_reset_while_what_it_sends_pauses_its_source(size: int) -> None:
     joined = Joined()
+    joined.client.session.h2.update_settings({4: 0})
+    joined.run()
     asked, served = joined.request()
     stream = stream_of(served)
     stream.send_head(OK, end=False)
     served.peer.on_pause = lambda: stream.reset(ErrorCodes.CANCEL)
-    stream.send_data(bytes(INITIAL_WINDOW * 2))
+    stream.send_data(bytes(size))
+    joined.run()
     stream.send_data(b"late")
     stream.send_end([])
     joined.run()

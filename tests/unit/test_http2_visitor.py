@@ -249,6 +249,15 @@ async def test_a_request_that_is_none_is_answered_and_the_others_go_on(section: 
         assert it.wire.status(3) == 200
 
 
+async def test_what_follows_a_malformed_part_does_not_destroy_its_answer() -> None:
+    with visit() as it:
+        peer = await it.asks(b"/", (b"content-length", b"5"), method=b"PUT", end=False)
+        it._say(frame(DATA, 0, 1, b"hello!") + frame(DATA, 0, 1, b"more") + frame(DATA, END_STREAM, 1, b"and more"))
+        await it.hears()
+        assert (it.wire.status(1), it.wire.ended(1), it.wire.reset(1)) == (400, True, None)
+        assert len(peer.errors) == 1
+
+
 async def test_trailers_that_are_malformed_are_400() -> None:
     with visit() as it:
         peer = await it.asks(method=b"PUT", end=False)
@@ -261,8 +270,7 @@ async def test_too_many_requests_that_are_none_end_the_connection() -> None:
     with visit() as it:
         for _ in range(1200):
             if not it.connection._closing:
-                it._say(it.wire.head([(b":method", b"GET")]))
-        await it.hears()
+                await it.says(it.wire.head([(b":method", b"GET")]))
         assert it.wire.goaways[-1][1] == ErrorCodes.ENHANCE_YOUR_CALM
         assert it.ended
         assert 500 < len(it.site.done) < 1200
@@ -447,6 +455,15 @@ async def test_a_visitor_that_goes_away_takes_everything_with_it() -> None:
 
 
 # Back-pressure
+
+
+async def test_pieces_of_one_turn_share_a_frame_and_the_last_one_ends_the_stream() -> None:
+    with visit() as it:
+        peer = await it.asks()
+        peer.answer(ResponseHead(200, []), *[Data(b"piece ")] * 10, End())
+        await it.hears()
+        assert [(seen.kind, seen.ends) for seen in it.wire.of(1)] == [(HEADERS, False), (DATA, True)]
+        assert it.wire.body(1) == b"piece " * 10
 
 
 async def test_what_the_visitor_does_not_take_pauses_the_peer() -> None:
