@@ -179,6 +179,7 @@ FLOODS: dict[str, bytes] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FLOODS)
 def test_floods_of_what_costs_nothing_are_ended(tunnel: Tunnel, name: str) -> None:
     before = tunnel.server.process.resident()
@@ -190,6 +191,7 @@ def test_floods_of_what_costs_nothing_are_ended(tunnel: Tunnel, name: str) -> No
     others_go_on(tunnel)
 
 
+@pytest.mark.slow
 def test_rapid_resets_are_ended(tunnel: Tunnel, raw: RawBackend) -> None:
     """CVE-2023-44487: a request and its reset in one packet, over and over."""
     with Http2Visitor(tunnel.address) as hostile:
@@ -206,6 +208,7 @@ def test_rapid_resets_are_ended(tunnel: Tunnel, raw: RawBackend) -> None:
     poll(lambda: len(raw.requests) < 3000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["data after the end", "a window over the edge"])
 def test_resets_that_the_server_is_made_to_send_are_ended(tunnel: Tunnel, how: str) -> None:
     """CVE-2025-8671."""
@@ -224,6 +227,7 @@ def test_resets_that_the_server_is_made_to_send_are_ended(tunnel: Tunnel, how: s
     others_go_on(tunnel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 1, 16_384])
 def test_continuations_without_end_are_ended(tunnel: Tunnel, raw: RawBackend, size: int) -> None:
     before = tunnel.server.process.resident()
@@ -289,6 +293,7 @@ def stands_still() -> None:
         assert time.monotonic() < deadline, "it takes everything"
 
 
+@pytest.mark.slow
 def test_a_visitor_that_never_reads_is_bounded(tunnel: Tunnel, raw: RawBackend) -> None:
     """That the limit on writes ends it is shown in memory: it has five minutes."""
     raw.handler = endless
@@ -305,6 +310,7 @@ def test_a_visitor_that_never_reads_is_bounded(tunnel: Tunnel, raw: RawBackend) 
     poll(lambda: raw.open <= 2, LIMIT, "the backend's connections are still there")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{4: 0}, {}], ids=["zero", "used up"])
 def test_a_visitor_that_grants_no_window_is_bounded(tunnel: Tunnel, raw: RawBackend, settings: dict[int, int]) -> None:
     raw.handler = endless
@@ -323,6 +329,7 @@ def test_a_visitor_that_grants_no_window_is_bounded(tunnel: Tunnel, raw: RawBack
     poll(lambda: raw.open <= 2, LIMIT, "the backend's connections are still there")
 
 
+@pytest.mark.slow
 def test_a_visitor_that_grants_little_and_slowly_gets_its_answer(tunnel: Tunnel, raw: RawBackend) -> None:
     raw.handler = answer(200, b"z" * 2000)
     with Http2Visitor(tunnel.address, {4: 0}) as slow:
@@ -351,6 +358,7 @@ def test_a_window_over_the_edge_is_ended(tunnel: Tunnel, stream_id: int) -> None
 # Slow
 
 
+@pytest.mark.slow
 def test_half_frames_are_ended(tunnel: Tunnel, raw: RawBackend) -> None:
     halves = [frame(HEADERS, END_HEADERS, 1, b"\x82" * 50)[:20], frame(HEADERS, 0, 1, b"\x82"), b"\0", b""]
     crowd = [Http2Visitor(tunnel.address) for _ in range(20) for _ in halves]
@@ -372,6 +380,7 @@ def test_half_a_preface_is_ended(tunnel: Tunnel) -> None:
         assert hostile.read_all().startswith(b"HTTP/1.1 408 ")
 
 
+@pytest.mark.slow
 def test_a_thousand_idle_connections_cost_little_and_are_ended(tunnel: Tunnel) -> None:
     before = tunnel.server.process.resident()
     crowd = [Http2Visitor(tunnel.address) for _ in range(1000)]
@@ -646,6 +655,7 @@ BACKEND_FLOODS: dict[str, Callable[[Wire], bytes]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BACKEND_FLOODS)
 def test_a_flood_of_a_backend_ends_its_connection_and_the_next_is_good(
     h2_tunnel: Tunnel, backend: Http2Backend, name: str
