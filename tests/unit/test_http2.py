@@ -316,6 +316,22 @@ def test_bulk_and_small_take_turns() -> None:
     assert len(bulk.data) == 200_000
 
 
+def test_a_source_that_keeps_pace_is_never_paused() -> None:
+    joined = Joined()
+    asked, served = joined.request()
+    pauses: list[int] = []
+    served.peer.on_pause = lambda: pauses.append(len(asked.data))
+    stream_of(served).send_head(OK, end=False)
+    for number in range(1, 20):
+        for _ in range(4):
+            stream_of(served).send_data(bytes(8_000))
+        joined.run()
+        assert len(asked.data) == number * 32_000
+    assert pauses == []
+    stream_of(served).send_data(bytes(64 * 1024))
+    assert pauses == [19 * 32_000]
+
+
 def test_streams_that_wait_for_the_connections_window_take_turns() -> None:
     clock = Clock()
     end = End(is_client=False, clock=clock)
