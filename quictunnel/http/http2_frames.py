@@ -11,6 +11,7 @@ And it has no opinion on how often a peer may send what costs us work and the pe
 No socket and no clock in it.
 """
 
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from h2.errors import ErrorCodes
@@ -127,9 +128,11 @@ class FrameGate:
         """Whether the bytes so far end within the preface, a frame or a field section."""
         return self._preface or self._block is not None or bool(self._buffer)
 
-    def feed(self, data: bytes, now: float) -> list[RawFrame]:
-        """The frames that ``data`` completes; ``now`` is in seconds. Raises Http2Error; feed nothing more after it."""
-        frames: list[RawFrame] = []
+    def feed(self, data: bytes, now: float) -> Iterator[RawFrame]:
+        """The frames that ``data`` completes; ``now`` is in seconds. Raises Http2Error; feed nothing more after it.
+
+        Each is looked at only when it is asked for: what came before a wrong one counts.
+        """
         if self._buffer:
             data = self._buffer + data
             self._buffer = b""
@@ -140,9 +143,9 @@ class FrameGate:
                 raise Http2Error(ErrorCodes.PROTOCOL_ERROR, "it does not begin with the preface of HTTP/2")
             if len(start) < len(PREFACE):
                 self._buffer = data
-                return frames
+                return
             self._preface = False
-            frames.append(RawFrame(-1, 0, start))
+            yield RawFrame(-1, 0, start)
             position = len(PREFACE)
         size = len(data)
         while size - position >= _HEADER_SIZE:
@@ -161,11 +164,10 @@ class FrameGate:
             stream_id = int.from_bytes(data[position + 5 : position + 9], "big") & 0x7FFF_FFFF
             self._check(kind, stream_id, length)
             self._count(kind, flags, length, now)
-            frames.append(RawFrame(kind, stream_id, data[position:end]))
+            yield RawFrame(kind, stream_id, data[position:end])
             position = end
         if position < size:
             self._buffer = data[position:]
-        return frames
 
     def reset(self, now: float) -> None:
         """A stream was given up because of what the peer sent. Raises Http2Error when there were too many."""

@@ -754,6 +754,17 @@ def test_a_broken_connection_is_told_why_once(by_gate: bool) -> None:
     assert wire.goaways == [(1, ErrorCodes.PROTOCOL_ERROR)]
 
 
+def test_what_came_before_a_wrong_frame_in_one_read_counts() -> None:
+    end = End(is_client=False, clock=Clock())
+    wire = Wire()
+    with pytest.raises(Http2Error) as caught:
+        end.session.feed(wire.hello() + wire.get() + frame(PING, 0, 0, bytes(8)) * 10_001)
+    assert len(end.users) == 1
+    end.session.terminate(caught.value)
+    wire.takes(end.session.take())
+    assert wire.goaways == [(1, ErrorCodes.ENHANCE_YOUR_CALM)]
+
+
 def test_frames_after_the_one_that_ended_it_are_not_looked_at() -> None:
     end = End(is_client=False, clock=Clock())
     wire = Wire()

@@ -37,14 +37,19 @@ END_HEADERS = 0x4
 def gate(*, is_server: bool = False) -> FrameGate:
     """A gate that has had the greeting."""
     made = FrameGate(is_server=is_server, block_limit=BLOCK)
-    made.feed((PREFACE if is_server else b"") + HELLO, 0.0)
+    fed(made, (PREFACE if is_server else b"") + HELLO, 0.0)
     return made
+
+
+def fed(gate: FrameGate, data: bytes, now: float) -> list[RawFrame]:
+    """All the frames that ``data`` completes."""
+    return list(gate.feed(data, now))
 
 
 def refused(gate: FrameGate, data: bytes, code: ErrorCodes, now: float = 0.0) -> str:
     """What ``data`` is refused with; the code must be the one expected."""
     with pytest.raises(Http2Error) as caught:
-        gate.feed(data, now)
+        fed(gate, data, now)
     assert caught.value.code == code
     return str(caught.value)
 
@@ -65,7 +70,7 @@ def test_any_split_of_the_bytes_gives_the_same_frames(frames: list[bytes], cuts:
     places = sorted({cut for cut in cuts if cut < len(data)} | {len(data)})
     start = 0
     for end in places:
-        seen += made.feed(data[start:end], 0.0)
+        seen += fed(made, data[start:end], 0.0)
         start = end
     assert b"".join(each.raw for each in seen) == data
     assert not made.is_waiting
@@ -81,30 +86,30 @@ def test_any_split_of_the_bytes_gives_the_same_frames(frames: list[bytes], cuts:
 def test_one_byte_at_a_time_is_a_split_too() -> None:
     data = PREFACE + HELLO + frame(PING, payload=bytes(8)) + frame(DATA, 1, 3, b"x" * FRAME_SIZE)
     made = FrameGate(is_server=True, block_limit=BLOCK)
-    seen = [each for index in range(len(data)) for each in made.feed(data[index : index + 1], 0.0)]
+    seen = [each for index in range(len(data)) for each in fed(made, data[index : index + 1], 0.0)]
     assert [each.kind for each in seen] == [-1, SETTINGS, PING, DATA]
 
 
 def test_it_waits_within_the_preface_a_frame_and_a_field_section() -> None:
     made = FrameGate(is_server=True, block_limit=BLOCK)
     assert made.is_waiting
-    assert made.feed(PREFACE[:-1], 0.0) == []
+    assert fed(made, PREFACE[:-1], 0.0) == []
     assert made.is_waiting
-    made.feed(PREFACE[-1:] + HELLO, 0.0)
+    fed(made, PREFACE[-1:] + HELLO, 0.0)
     assert not made.is_waiting
-    made.feed(HELLO[:5], 0.0)
+    fed(made, HELLO[:5], 0.0)
     assert made.is_waiting
-    made.feed(HELLO[5:], 0.0)
+    fed(made, HELLO[5:], 0.0)
     assert not made.is_waiting
-    made.feed(frame(HEADERS, 0, 1, b"x"), 0.0)
+    fed(made, frame(HEADERS, 0, 1, b"x"), 0.0)
     assert made.is_waiting
-    made.feed(frame(CONTINUATION, END_HEADERS, 1, b"x"), 0.0)
+    fed(made, frame(CONTINUATION, END_HEADERS, 1, b"x"), 0.0)
     assert not made.is_waiting
 
 
 def test_a_reserved_bit_of_a_stream_id_means_nothing() -> None:
     made = gate()
-    [seen] = made.feed(frame(DATA, 0, 2**31 | 7, b"x"), 0.0)
+    [seen] = fed(made, frame(DATA, 0, 2**31 | 7, b"x"), 0.0)
     assert seen.stream_id == 7
 
 
@@ -130,7 +135,7 @@ def test_a_server_wants_the_preface(data: bytes) -> None:
 def test_the_first_frame_is_settings(data: bytes) -> None:
     made = FrameGate(is_server=False, block_limit=BLOCK)
     with pytest.raises(Http2Error) as caught:
-        made.feed(data, 0.0)
+        fed(made, data, 0.0)
     assert caught.value.code in (ErrorCodes.PROTOCOL_ERROR, ErrorCodes.FRAME_SIZE_ERROR)
 
 
@@ -139,7 +144,7 @@ def test_the_first_frame_is_settings(data: bytes) -> None:
 
 def test_a_frame_of_the_largest_size_passes_and_a_byte_more_is_refused_before_it_has_come() -> None:
     made = gate()
-    assert len(made.feed(frame(DATA, 0, 1, bytes(FRAME_SIZE)), 0.0)) == 1
+    assert len(fed(made, frame(DATA, 0, 1, bytes(FRAME_SIZE)), 0.0)) == 1
     refused(made, (FRAME_SIZE + 1).to_bytes(3, "big") + bytes(6), ErrorCodes.FRAME_SIZE_ERROR)
 
 
@@ -163,14 +168,14 @@ def test_frames_that_h2_never_gets_are_checked_here(data: bytes, code: ErrorCode
 @pytest.mark.parametrize("kind", [DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, 8, 0xFA])
 def test_nothing_interrupts_a_field_section(kind: int) -> None:
     made = gate()
-    made.feed(frame(HEADERS, 0, 1, b"x"), 0.0)
+    fed(made, frame(HEADERS, 0, 1, b"x"), 0.0)
     assert "within a field section" in refused(made, frame(kind, 0, 1, bytes(8)), ErrorCodes.PROTOCOL_ERROR)
 
 
 def test_a_field_section_is_bounded_over_all_its_frames() -> None:
     made = gate()
-    made.feed(frame(HEADERS, 0, 1, bytes(BLOCK - 10)), 0.0)
-    made.feed(frame(CONTINUATION, 0, 1, bytes(10)), 0.0)
+    fed(made, frame(HEADERS, 0, 1, bytes(BLOCK - 10)), 0.0)
+    fed(made, frame(CONTINUATION, 0, 1, bytes(10)), 0.0)
     refused(made, frame(CONTINUATION, END_HEADERS, 1, b"x"), ErrorCodes.ENHANCE_YOUR_CALM)
     refused(gate(), frame(HEADERS, END_HEADERS, 1, bytes(BLOCK + 1)), ErrorCodes.ENHANCE_YOUR_CALM)
 
@@ -178,11 +183,11 @@ def test_a_field_section_is_bounded_over_all_its_frames() -> None:
 def test_each_field_section_has_the_whole_bound() -> None:
     made = gate()
     for number in range(1, 100, 2):
-        made.feed(frame(HEADERS, END_HEADERS, number, bytes(BLOCK)), 0.0)
+        fed(made, frame(HEADERS, END_HEADERS, number, bytes(BLOCK)), 0.0)
 
 
 def test_a_continuation_of_nothing_is_left_to_the_state_machine() -> None:
-    assert [each.kind for each in gate().feed(frame(CONTINUATION, END_HEADERS, 1, b"x"), 0.0)] == [CONTINUATION]
+    assert [each.kind for each in fed(gate(), frame(CONTINUATION, END_HEADERS, 1, b"x"), 0.0)] == [CONTINUATION]
 
 
 # Allowances
@@ -226,22 +231,22 @@ IDLE = {
 def test_frames_that_carry_nothing_run_out(name: str) -> None:
     made = gate()
     for _ in range(9999):  # the greeting was the first
-        made.feed(IDLE[name], 0.0)
+        fed(made, IDLE[name], 0.0)
     assert "carry nothing" in refused(made, IDLE[name], ErrorCodes.ENHANCE_YOUR_CALM)
 
 
 def test_idle_frames_at_the_pace_of_the_long_run_never_run_out() -> None:
     made = gate()
     for index in range(30_000):
-        made.feed(IDLE["PING"], index * 0.0101)
+        fed(made, IDLE["PING"], index * 0.0101)
 
 
 def test_small_continuations_run_out_and_large_ones_do_not() -> None:
     def section(made: FrameGate, part: bytes, number: int) -> None:
-        made.feed(frame(HEADERS, 0, number) + frame(CONTINUATION, END_HEADERS, number, part), 0.0)
+        fed(made, frame(HEADERS, 0, number) + frame(CONTINUATION, END_HEADERS, number, part), 0.0)
 
     made = FrameGate(is_server=False, block_limit=4 * SUBSTANCE)
-    made.feed(HELLO, 0.0)
+    fed(made, HELLO, 0.0)
     for number in range(1, 30_001, 2):
         section(made, bytes(SUBSTANCE), number)
     for number in range(9999):
@@ -253,14 +258,14 @@ def test_small_continuations_run_out_and_large_ones_do_not() -> None:
 def test_headers_and_data_are_no_chores() -> None:
     made = gate()
     for _ in range(20_000):
-        made.feed(frame(HEADERS, END_HEADERS, 1, b"x") + frame(DATA, 0, 1, b"x"), 0.0)
+        fed(made, frame(HEADERS, END_HEADERS, 1, b"x") + frame(DATA, 0, 1, b"x"), 0.0)
 
 
 def test_window_updates_are_earned_by_the_data_that_went_out() -> None:
     made = gate()
     for _ in range(30_000):
         made.sent_data()
-        made.feed(window_frame(1) + window_frame(1), 0.0)
+        fed(made, window_frame(1) + window_frame(1), 0.0)
 
 
 @pytest.mark.parametrize("by", ["its own", "ours"])
@@ -271,7 +276,7 @@ def test_resets_run_out(by: str) -> None:
         if by == "ours":
             made.reset(now)
         else:
-            made.feed(frame(RST_STREAM, 0, 1, bytes(4)), now)
+            fed(made, frame(RST_STREAM, 0, 1, bytes(4)), now)
 
     for _ in range(1000):
         reset(0.0)
@@ -285,7 +290,7 @@ def test_resets_run_out(by: str) -> None:
 
 
 def test_frames_of_our_own_are_read_as_what_they_are() -> None:
-    [goaway, window] = gate().feed(goaway_frame(2**31 - 1, 11) + window_frame(5), 0.0)
+    [goaway, window] = fed(gate(), goaway_frame(2**31 - 1, 11) + window_frame(5), 0.0)
     assert (goaway.kind, goaway.stream_id, goaway.raw[9:]) == (GOAWAY, 0, b"\x7f\xff\xff\xff\x00\x00\x00\x0b")
     assert (window.kind, window.stream_id, window.raw[9:]) == (WINDOW_UPDATE, 0, b"\0\0\0\5")
 
