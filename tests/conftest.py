@@ -26,16 +26,22 @@ def _engine(*names: str) -> object:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test marked ``either``, let each case run on one engine only, in turns; the other runs are slow."""
+    """Of a test marked ``either``, let each case run on one engine or mix only, in turns; its other runs are slow."""
     turns: dict[str, int] = {}
+    choices: dict[str, list[object]] = {"engine": [*ENGINES], "engines": [(a, b) for a in ENGINES for b in ENGINES]}
     for item in items:
         parameters = getattr(item, "callspec", None)
-        if item.get_closest_marker("either") is None or parameters is None or "engine" not in parameters.params:
+        chosen = (
+            {}
+            if parameters is None
+            else {name: parameters.params[name] for name in choices if name in parameters.params}
+        )
+        if item.get_closest_marker("either") is None or not chosen:
             continue
-        others = [f"{name}={value!r}" for name, value in sorted(parameters.params.items()) if name != "engine"]
+        others = [f"{name}={value!r}" for name, value in sorted(parameters.params.items()) if name not in choices]
         case = f"{item.nodeid.partition('[')[0]} {others}"
         turn = turns.setdefault(case, len(turns))
-        if parameters.params["engine"] != ENGINES[turn % len(ENGINES)]:
+        if any(value != choices[name][turn % len(choices[name])] for name, value in chosen.items()):
             item.add_marker(pytest.mark.slow)
 
 

@@ -33,6 +33,8 @@ from tests.support.parties import (
     until,
 )
 
+pytestmark = pytest.mark.either
+
 KNOWN_WITHIN = 1.0
 "seconds; what is asked for is 0.1, and is printed: a busy machine may take longer"
 

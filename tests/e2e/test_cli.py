@@ -14,6 +14,8 @@ from tests.support.backends import RawBackend, answer, echo
 from tests.support.processes import Processes, Server, free_udp_port, poll
 from tests.support.visits import RawVisitor, visit
 
+pytestmark = pytest.mark.either
+
 ANYWHERE = ("--http", "127.0.0.1:0", "--quic", "127.0.0.1:0")
 
 

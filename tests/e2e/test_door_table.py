@@ -16,6 +16,8 @@ from tests.support.backends import Connection, RawBackend
 from tests.support.processes import Processes, Tunnel, poll
 from tests.support.visits import RawVisitor
 
+pytestmark = pytest.mark.either
+
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
 ORDINARY = b"GET /ordinary HTTP/1.1\r\nHost: a\r\n\r\n"
 HELLO = b"5\r\nhello\r\n0\r\n\r\n"

@@ -32,6 +32,8 @@ from tests.support.http2 import (
 from tests.support.processes import Processes, Server, Tunnel, poll
 from tests.support.visits import RawVisitor, visit
 
+pytestmark = pytest.mark.either
+
 LIMITS = (
     *("--head-time", "1s", "--body-idle", "1s", "--keep-alive", "2s"),
     *("--max-visitors", "1500", "--head-size", "16KiB"),

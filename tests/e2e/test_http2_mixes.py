@@ -17,6 +17,8 @@ from tests.support.backends import Connection, RawBackend
 from tests.support.http2 import DATA, END_STREAM, WINDOW_UPDATE, Wire, frame
 from tests.support.processes import Processes, Server
 
+pytestmark = pytest.mark.either
+
 LIMIT = 30.0
 BIG = len(BIG_BODY)
 

@@ -14,6 +14,8 @@ from tests.support.both_ends import both_ends
 from tests.support.crowd import CrowdBackend, crowd_backend, fetch, opened, read_head, until
 from tests.support.processes import Processes, Tunnel
 
+pytestmark = pytest.mark.either
+
 MANY = 300
 "more than a connection has slots"
 

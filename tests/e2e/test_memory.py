@@ -44,6 +44,7 @@ async def grown(
     return {name: (process.peak() - before[name]) / MB for name, process in ends.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("direction", ["down", "up"])
 async def test_64_megabytes_need_no_more_than_the_windows(engine: str, direction: str, processes: Processes) -> None:

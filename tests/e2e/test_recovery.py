@@ -13,6 +13,8 @@ from tests.support.backends import Connection, RawBackend, answer
 from tests.support.processes import Processes, free_udp_port, poll
 from tests.support.visits import Answer, RawVisitor, visit
 
+pytestmark = pytest.mark.either
+
 
 @pytest.fixture
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:

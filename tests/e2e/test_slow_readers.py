@@ -23,6 +23,8 @@ from tests.support.crowd import (
 )
 from tests.support.processes import Processes, Tunnel
 
+pytestmark = pytest.mark.either
+
 MB = 1024 * 1024
 
 # What may be under way: the largest window, and on each side of it a socket's buffers, which the kernel lets grow to

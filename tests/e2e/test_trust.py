@@ -25,6 +25,8 @@ from tests.support.backends import Connection, RawBackend, answer
 from tests.support.processes import Process, Processes, Server, free_udp_port, poll
 from tests.support.visits import visit
 
+pytestmark = pytest.mark.either
+
 BACKEND = "127.0.0.1:9"
 "never asked"
 

@@ -17,6 +17,8 @@ from quictunnel.trust.certificates import ensure_server_certificate
 from tests.support.ends import Backend, Ends, play
 from tests.support.memory import identity
 
+pytestmark = pytest.mark.either
+
 Scenario = Callable[[Ends], Awaitable[None]]
 Play = Callable[..., None]
 

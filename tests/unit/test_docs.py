@@ -24,7 +24,7 @@ PAGES = ("README.md", "docs/cli.md", "docs/operations.md", "certs/README.md")
 JOIN = JoinString("tunnel.example.com:4433", bytes(32), "qtk_secret").encode()
 
 # Flags of other programs, in commands that the pages show.
-FOREIGN = {"--upgrade", "--now", "--system", "--home-dir", "--shell", "--check", "--cacert"}
+FOREIGN = {"--upgrade", "--now", "--system", "--home-dir", "--shell", "--check", "--cacert", "--http2-prior-knowledge"}
 
 
 def load_make_cli() -> ModuleType:
