@@ -228,7 +228,7 @@ class _User:
 
     def stream_head(self, fields: Fields, ended: bool) -> None:
         try:
-            read_response(fields, fields_limit=24)
+            read_response(fields, fields_limit=24, size_limit=2048)
         except ValueError:
             self._stream.reset(1)
 
@@ -240,7 +240,7 @@ class _User:
 
     def stream_end(self, trailers: Fields) -> None:
         try:
-            read_trailers(trailers, fields_limit=24)
+            read_trailers(trailers, fields_limit=24, size_limit=2048)
         except ValueError:
             self._stream.reset(1)
 
@@ -296,7 +296,7 @@ def sections(data: bytes) -> None:
         _forward(request)
     for read in (read_response, read_trailers):
         with contextlib.suppress(ValueError):
-            read(section, fields_limit=24)
+            read(section, fields_limit=24, size_limit=2048)
 
 
 # What else comes from outside

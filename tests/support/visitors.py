@@ -39,6 +39,13 @@ class FakeTls(VisitorSocket):
 
     alpn: str | None
 
+    @classmethod
+    def agreed(cls, alpn: str | None, asked: str = "") -> "FakeTls":
+        """A handshake for the host ``asked`` that agreed on ``alpn``."""
+        made = cls.__new__(cls)
+        made.server_name, made.alpn = asked, alpn
+        return made
+
     def selected_alpn_protocol(self) -> str | None:
         return self.alpn
 
@@ -51,9 +58,7 @@ class FakeTransport(asyncio.Transport):
     ) -> None:
         extra: dict[str, object] = {"peername": peer, "socket": FakeSocket()}
         if tls:
-            handshake = FakeTls.__new__(FakeTls)
-            handshake.server_name, handshake.alpn = asked, alpn
-            extra |= {"sslcontext": object(), "ssl_object": handshake}
+            extra |= {"sslcontext": object(), "ssl_object": FakeTls.agreed(alpn, asked)}
         super().__init__(extra)
         self.tls = tls
         self.protocol: VisitorOutput | None = None

@@ -610,7 +610,7 @@ async def test_a_dial_that_fails_is_told_though_an_old_connection_drains() -> No
 @pytest.mark.parametrize(("alpn", "code"), [("h2", None), (None, ErrorCode.HTTP_PROTOCOL_ERROR)])
 async def test_tls_must_agree_on_http2(alpn: str | None, code: ErrorCode | None) -> None:
     async with site() as it:
-        it.origin.tls = FakeTls(alpn)
+        it.origin.tls = FakeTls.agreed(alpn)
         visitor = await it.asks(greet=False)
         assert visitor.code is code
         assert bool(it.origin.sockets[0].written) == (code is None)
