@@ -98,21 +98,21 @@ def _why(error: OSError) -> str:
 
 
 def _serve(settings: ServeSettings) -> int:
-    from quictunnel import app
+    from quictunnel.app.serve import serve
 
-    return _run_logged(app.serve, settings)
+    return _run_logged(serve, settings)
 
 
 def _connect(settings: ConnectSettings) -> int:
-    from quictunnel import app
+    from quictunnel.app.connect import connect
 
-    return _run_logged(app.connect, settings)
+    return _run_logged(connect, settings)
 
 
 def _demo(settings: DemoSettings) -> int:
-    from quictunnel import app
+    from quictunnel.app.demo import demo
 
-    return _run_logged(app.demo, settings)
+    return _run_logged(demo, settings)
 
 
 def _run_logged(start: Callable[[L], Coroutine[Any, Any, int]], settings: L) -> int:

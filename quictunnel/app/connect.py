@@ -6,8 +6,7 @@ from pathlib import Path
 
 from loguru import logger
 
-from quictunnel.app.process import calm_collector, raise_file_limit, say, stop_signals
-from quictunnel.app.serve import choose_engine
+from quictunnel.app.process import calm_collector, choose_engine, raise_file_limit, say, stop_signals
 from quictunnel.client.agent import Agent, AgentConfig, FinalRefusal
 from quictunnel.client.choose import open_backend
 from quictunnel.client.fan_out import Backend, FanOut, host_rule

@@ -1,4 +1,4 @@
-"""What every long-running command does with its process: signals, and facts for whoever waits."""
+"""What every long-running command does with its process: its engine, signals, and facts for whoever waits."""
 
 import asyncio
 import gc
@@ -7,7 +7,18 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-__all__ = ["calm_collector", "raise_file_limit", "say", "stop_signals"]
+from quictunnel.options import CommandError
+from quictunnel.quic.engine import Engine, select_engine
+
+__all__ = ["calm_collector", "choose_engine", "raise_file_limit", "say", "stop_signals"]
+
+
+def choose_engine(name: str) -> Engine:
+    """The engine of that name. Raises CommandError."""
+    try:
+        return select_engine(name)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
 
 
 @contextmanager

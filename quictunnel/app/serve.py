@@ -8,12 +8,12 @@ from typing import Final, NamedTuple
 
 from loguru import logger
 
-from quictunnel.app.process import calm_collector, raise_file_limit, say, stop_signals
+from quictunnel.app.process import calm_collector, choose_engine, raise_file_limit, say, stop_signals
 from quictunnel.http.tls import quiet_names
 from quictunnel.http.visitor import VisitorLimits
 from quictunnel.log import AccessLog
 from quictunnel.options import CommandError
-from quictunnel.quic.engine import Engine, ServerIdentity, select_engine
+from quictunnel.quic.engine import Engine, ServerIdentity
 from quictunnel.quic.sockets import settle
 from quictunnel.server.registry import RegistryLimits
 from quictunnel.server.server import Server, ServerConfig
@@ -67,14 +67,6 @@ async def serve(settings: ServeSettings) -> int:
             server.close()
             await settle()
     return 0
-
-
-def choose_engine(name: str) -> Engine:
-    """The engine of that name. Raises CommandError."""
-    try:
-        return select_engine(name)
-    except ValueError as error:
-        raise CommandError(str(error)) from None
 
 
 def identity_of(settings: ServeSettings, quic_host: str) -> Identity:

@@ -9,8 +9,7 @@ from loguru import logger
 from pydantic import SecretStr, ValidationError
 
 from quictunnel.app.connect import agent_config, named_backend, serve_session
-from quictunnel.app.process import stop_signals
-from quictunnel.app.serve import choose_engine
+from quictunnel.app.process import choose_engine, stop_signals
 from quictunnel.backends.asgi import AsgiBackend
 from quictunnel.backends.transport import TransportBackend
 from quictunnel.client.agent import Agent

@@ -2,16 +2,20 @@
 
 import ssl
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from quictunnel.backends.asgi import AsgiBackend, load_application
 from quictunnel.backends.target import Target, parse_backend
-from quictunnel.http.http2_origin import Http2Origin
 from quictunnel.http.limits import OriginLimits
 from quictunnel.http.origin import Origin
 from quictunnel.wire.credit import WindowBudget
 
+if TYPE_CHECKING:
+    from quictunnel.backends.asgi import AsgiBackend
+    from quictunnel.http.http2_origin import Http2Origin
+
 __all__ = ["open_backend"]
+
+# What speaks to a kind of backend is imported when there is one: a client should be there at once.
 
 
 async def open_backend(
@@ -25,7 +29,7 @@ async def open_backend(
     keep_alive: float = 30.0,
     http: str = "1.1",
     budget: WindowBudget | None = None,
-) -> Origin | Http2Origin | AsgiBackend:
+) -> "Origin | Http2Origin | AsgiBackend":
     """The backend that ``text`` names, ready for exchanges; an application has been started, nothing has been dialled.
 
     ``http`` is the version that a backend on a socket speaks, ``1.1`` or ``2``; ``budget`` is what the windows of
@@ -49,11 +53,15 @@ async def open_backend(
         {"path": target.path} if target.kind == "unix" else {"host": target.host, "port": target.port}
     )
     if http == "2":
+        from quictunnel.http.http2_origin import Http2Origin
+
         return Http2Origin(**place, tls=tls, authority=target.authority, limits=limits, budget=budget)
     return Origin(**place, tls=tls, authority=target.authority, limits=limits)
 
 
-async def _application(target: Target, head_time: float) -> AsgiBackend:
+async def _application(target: Target, head_time: float) -> "AsgiBackend":
+    from quictunnel.backends.asgi import AsgiBackend, load_application
+
     app = load_application(target.application)
     backend = AsgiBackend(app, name=target.application, authority=target.authority, head_time=head_time)
     await backend.start()

@@ -7,12 +7,10 @@ from typing import Any, Final, cast
 
 from loguru import logger
 
-from quictunnel.quic.engine import (
-    CONNECTION_ID_LENGTH,
-    Engine,
+from quictunnel.quic.engine import CONNECTION_ID_LENGTH, Engine, ServerIdentity
+from quictunnel.quic.first_packets import (
     InitialHeader,
     RetryTokens,
-    ServerIdentity,
     parse_long_header,
     retry_packet,
     version_negotiation_packet,

@@ -17,7 +17,7 @@ from quictunnel.http.limits import VisitorLimits
 from quictunnel.http.origin_answer import AnswerParser
 from quictunnel.http.origin_request import announced_length, encode_request
 from quictunnel.http.reply import encode_reply
-from quictunnel.quic.engine import parse_long_header
+from quictunnel.quic.first_packets import parse_long_header
 from quictunnel.trust.join import JoinString
 from quictunnel.wire.codec import StreamDecoder, encode_head
 from quictunnel.wire.control import ControlDecoder

@@ -8,17 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from quictunnel.quic.engine import (
-    ALPN,
-    ENGINES,
-    ClientTrust,
-    Connection,
+from quictunnel.quic.engine import ALPN, ENGINES, ClientTrust, Connection, ServerIdentity, select_engine
+from quictunnel.quic.first_packets import (
     InitialHeader,
     RetryTokens,
-    ServerIdentity,
     parse_long_header,
     retry_packet,
-    select_engine,
     version_negotiation_packet,
 )
 from quictunnel.quic.link import SLOTS, Link

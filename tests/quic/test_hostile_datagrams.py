@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from quictunnel.quic.engine import ClientTrust, parse_long_header, retry_packet, select_engine
+from quictunnel.quic.engine import ClientTrust, select_engine
+from quictunnel.quic.first_packets import parse_long_header, retry_packet
 from quictunnel.quic.listen import HANDSHAKE_TIME
 from tests.support.door import STRANGER, Door, answered, at_door, first_flight, garbage, is_retry, recorded
 from tests.support.memory import SERVER, identity, resident

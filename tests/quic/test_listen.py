@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 
-from quictunnel.quic.engine import ClientTrust, ServerIdentity, parse_long_header, select_engine
+from quictunnel.quic.engine import ClientTrust, ServerIdentity, select_engine
+from quictunnel.quic.first_packets import parse_long_header
 from quictunnel.quic.link import LinkClosed
 from quictunnel.quic.listen import HANDSHAKE_TIME, LinkListener
 from tests.support.clock import run

@@ -24,7 +24,7 @@ Outcome = int | BaseException
 
 @pytest.fixture
 def app(monkeypatch: pytest.MonkeyPatch) -> Callable[[Outcome], list[Settings]]:
-    """Put something in the place of quictunnel.app that keeps the settings it is handed and ends as told."""
+    """Put something in the place of each command that keeps the settings it is handed and ends as told."""
 
     def install(outcome: Outcome) -> list[Settings]:
         handed: list[Settings] = []
@@ -37,9 +37,9 @@ def app(monkeypatch: pytest.MonkeyPatch) -> Callable[[Outcome], list[Settings]]:
                 raise outcome
             return outcome
 
-        fake: Any = SimpleNamespace(serve=start, connect=start, demo=start)
-        monkeypatch.setitem(sys.modules, "quictunnel.app", fake)
-        monkeypatch.setattr(quictunnel, "app", fake, raising=False)
+        for name in ("serve", "connect", "demo"):
+            fake: Any = SimpleNamespace(**{name: start})
+            monkeypatch.setitem(sys.modules, f"quictunnel.app.{name}", fake)
         return handed
 
     return install
