@@ -370,6 +370,7 @@ def test_requests_and_answers_are_the_same_in_every_mix(mix: tuple[Ask, str, str
     assert ask("HEAD", "/nothing").body == b""
 
 
+@pytest.mark.slow
 def test_big_bodies_are_whole_both_ways_in_every_mix(mix: tuple[Ask, str, str]) -> None:
     ask, _, _ = mix
     assert ask("GET", "/big").body == BIG_BODY

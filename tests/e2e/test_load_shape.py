@@ -51,6 +51,7 @@ async def test_burst_again_after_a_burst_finds_the_links_there(engine: str, proc
         assert statistics.median(seconds for _, _, seconds in results) < 3
 
 
+@pytest.mark.slow
 async def test_uploads_and_downloads_at_once_are_all_intact(engines: tuple[str, str], processes: Processes) -> None:
     size = 2 * 1024 * 1024 + 77
     whole = b"%d intact" % size
@@ -90,6 +91,7 @@ def leave(writer: asyncio.StreamWriter, *, reset: bool) -> None:
     writer.transport.abort()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["waiting", "half an answer", "much to read", "half an upload"])
 async def test_visitors_who_abort_leave_nothing_behind(engine: str, tmp_path: Path, phase: str) -> None:
     targets = {"waiting": "/slow?9000", "half an answer": "/hang", "much to read": "/down?99000000"}

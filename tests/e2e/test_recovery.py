@@ -32,6 +32,7 @@ def serves(address: tuple[str, int], host: str = "app.localhost") -> Callable[[]
     return ask
 
 
+@pytest.mark.slow
 def test_client_killed_and_started_again_serves_at_once(engine: str, processes: Processes) -> None:
     with RawBackend(answer()) as backend:
         tunnel = processes.tunnel(backend.target, (engine, engine))

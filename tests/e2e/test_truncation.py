@@ -33,6 +33,8 @@ from tests.support.processes import Processes, Tunnel, poll
 from tests.support.relay import UdpRelay
 from tests.support.visits import RawVisitor, visit
 
+pytestmark = pytest.mark.either
+
 QUICK = 5.0
 "seconds in which an end of either side's own is known to the other, on a busy machine"
 

@@ -503,7 +503,7 @@ def test_thousands_of_fragments_are_not_compared_with_each_other(
     on_each: Play, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """aioquic compares each piece that comes out of order with all that came before it."""
-    monkeypatch.setattr("quictunnel.quic.engine._FRAGMENTS_LIMIT", 50)
+    monkeypatch.setattr("quictunnel.quic.aioquic_reins._FRAGMENTS_LIMIT", 50)
 
     async def scenario(ends: Ends) -> None:
         await ends.connected(tunnel="other")
