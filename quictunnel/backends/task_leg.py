@@ -14,7 +14,7 @@ from loguru import logger
 from quictunnel.backends.tasks import Tasks
 from quictunnel.exchange import Leg
 from quictunnel.wire.errors import ErrorCode, TunnelError
-from quictunnel.wire.fields import content_length, end_to_end, field_lines, is_token
+from quictunnel.wire.fields import check_fields, content_length, end_to_end, is_token, without_upgrade
 from quictunnel.wire.frames import Data, End, Fields, Frame, RequestHead, ResponseHead
 
 __all__ = ["TaskLeg"]
@@ -172,7 +172,7 @@ class TaskLeg(Leg):
             return
         kept = end_to_end(fields)
         try:
-            field_lines(kept)
+            check_fields(kept)
             self._left = content_length(kept)
         except ValueError as error:
             raise self._wrong(str(error)) from None
@@ -180,6 +180,9 @@ class TaskLeg(Leg):
             raise self._wrong(f"{status} is no final status")
         if status == 204:
             kept = [field for field in kept if field[0] != b"content-length"]
+        elif status == 426:
+            # RFC 9110 section 15.5.22: it must say to what.
+            kept += [field for field in fields if field[0] == b"upgrade"]
         if self._is_head or status in (204, 304):
             self._left = 0
             self._is_head = True
@@ -210,7 +213,7 @@ class TaskLeg(Leg):
             raise self._wrong("the body is shorter than its content-length")
         kept = end_to_end(trailers or [])
         try:
-            field_lines(kept)
+            check_fields(kept)
         except ValueError as error:
             raise self._wrong(str(error)) from None
         self._leave().receive(End(kept) if kept else _END)
@@ -221,17 +224,14 @@ class TaskLeg(Leg):
         if self._tasks.closing:
             self._fail(TunnelError(ErrorCode.NOT_ACCEPTED))
             return
-        if b"websocket" in head.protocol.lower():
-            # Any other protocol may be ignored, but a handshake is of no use without the protocol.
-            what = f"{self._name} serves no WebSockets through the tunnel: run it on a port"
-            self._fail(TunnelError(ErrorCode.NOT_IMPLEMENTED, what))
+        try:
+            head = without_upgrade(head, self._name)
+        except TunnelError as error:
+            self._fail(error)
             return
         if (wrong := self._check(head)) is not None:
             self._refuse(wrong)
             return
-        if head.protocol:
-            # A protocol may be ignored (RFC 9110 section 7.8), and with it the bytes that are meant for it.
-            head = head._replace(body=False, protocol=b"")
         if not head.body:
             self._taken = True
             self._inbox.append(_END)
@@ -249,7 +249,7 @@ class TaskLeg(Leg):
         if _NOT_PLAIN.search(head.target + head.authority) is not None:
             return "its target or host holds what no request may hold"
         try:
-            field_lines(head.fields)
+            check_fields(head.fields)
             length = content_length(head.fields)
         except ValueError as error:
             return str(error)

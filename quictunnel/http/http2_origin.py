@@ -20,10 +20,10 @@ from quictunnel.http.http2 import Http2Error, Http2Session, Http2Stream
 from quictunnel.http.http2_door import read_response, read_trailers
 from quictunnel.http.limits import OriginLimits
 from quictunnel.http.origin_pool import OriginPool
-from quictunnel.http.origin_request import IDEMPOTENT, REPLAY_LIMIT, announced_length, check_request, without_upgrade
+from quictunnel.http.origin_request import IDEMPOTENT, REPLAY_LIMIT, announced_length, check_request
 from quictunnel.wire.credit import WindowBudget
 from quictunnel.wire.errors import ErrorCode, TunnelError
-from quictunnel.wire.fields import check_fields, content_length, end_to_end, trailer_fields
+from quictunnel.wire.fields import check_fields, content_length, end_to_end, trailer_fields, without_upgrade
 from quictunnel.wire.frames import Data, End, Fields, Frame, RequestHead, ResponseHead
 
 __all__ = ["Http2Origin", "Http2OriginLeg"]

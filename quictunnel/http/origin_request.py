@@ -25,7 +25,6 @@ __all__ = [
     "check_request",
     "encode_request",
     "encode_request_trailers",
-    "without_upgrade",
 ]
 
 # RFC 9110 section 9.2.2: what may be sent again when nobody knows whether it arrived.
@@ -55,18 +54,6 @@ def announced_length(head: RequestHead) -> int | None:
     if length:
         raise _malformed("it announces a body and has none")
     return 0
-
-
-def without_upgrade(head: RequestHead, name: str) -> RequestHead:
-    """The request as ``name`` gets it, which switches to no other protocol. Raises TunnelError (NOT_IMPLEMENTED)."""
-    if head.method == b"CONNECT":
-        raise TunnelError(ErrorCode.NOT_IMPLEMENTED, f"{name} takes no CONNECT")
-    if not head.protocol:
-        return head
-    if b"websocket" in head.protocol.lower():
-        # Any other protocol may be ignored (RFC 9110 section 7.8), but a handshake is of no use without its own.
-        raise TunnelError(ErrorCode.NOT_IMPLEMENTED, f"{name} serves no WebSockets through the tunnel")
-    return head._replace(body=False, protocol=b"")
 
 
 def check_request(head: RequestHead) -> None:

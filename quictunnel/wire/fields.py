@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from itertools import product
 from typing import Final
 
-from quictunnel.wire.frames import Fields
+from quictunnel.wire.errors import ErrorCode, TunnelError
+from quictunnel.wire.frames import Fields, RequestHead
 
 __all__ = [
     "HOP_BY_HOP",
@@ -27,6 +28,7 @@ __all__ = [
     "trailer_fields",
     "tunnel_name",
     "upgrade_protocols",
+    "without_upgrade",
 ]
 
 TUNNEL_HEADER: Final = b"x-tunnel-session"
@@ -185,6 +187,18 @@ def upgrade_protocols(value: bytes) -> list[bytes]:
     """
     asked = members([(b"upgrade", value)], b"upgrade")
     return [each for each in asked if _PROTOCOL.fullmatch(each) and each.partition(b"/")[0].lower() not in _HTTP_2]
+
+
+def without_upgrade(head: RequestHead, name: str) -> RequestHead:
+    """The request as ``name`` gets it, which switches to no other protocol. Raises TunnelError (NOT_IMPLEMENTED)."""
+    if head.method == b"CONNECT":
+        raise TunnelError(ErrorCode.NOT_IMPLEMENTED, f"{name} takes no CONNECT")
+    if not head.protocol:
+        return head
+    if b"websocket" in head.protocol.lower():
+        # Any other protocol may be ignored (RFC 9110 section 7.8), but a handshake is of no use without its own.
+        raise TunnelError(ErrorCode.NOT_IMPLEMENTED, f"{name} serves no WebSockets through the tunnel")
+    return head._replace(body=False, protocol=b"")
 
 
 def forward_once(fields: Fields) -> Fields | None:
