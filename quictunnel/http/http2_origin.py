@@ -9,16 +9,14 @@ what a connection took with it when it was lost, only if that is safe.
 """
 
 import asyncio
-import ssl
 from math import inf
-from typing import Final, cast
+from typing import Any, Final, cast
 
 from h2.errors import ErrorCodes
 
 from quictunnel.exchange import Leg
 from quictunnel.http.http2 import Http2Error, Http2Session, Http2Stream
 from quictunnel.http.http2_door import read_response, read_trailers
-from quictunnel.http.limits import OriginLimits
 from quictunnel.http.origin_pool import OriginPool
 from quictunnel.http.origin_request import IDEMPOTENT, REPLAY_LIMIT, announced_length, check_request
 from quictunnel.wire.credit import WindowBudget
@@ -39,22 +37,11 @@ class Http2Origin(OriginPool["Http2OriginLeg", "Http2OriginConnection"]):
     """A backend; ``open`` gives a leg for each exchange."""
 
     def __init__(
-        self,
-        host: str = "localhost",
-        port: int = 80,
-        *,
-        path: str | None = None,
-        tls: ssl.SSLContext | None = None,
-        server_hostname: str | None = None,
-        authority: str = "",
-        limits: OriginLimits | None = None,
-        budget: WindowBudget | None = None,
+        self, host: str = "localhost", port: int = 80, *, budget: WindowBudget | None = None, **options: Any
     ) -> None:
         """As ``OriginPool``; ``tls`` must offer h2 by ALPN. ``budget`` is what windows of downloads grow out of."""
-        super().__init__(
-            host, port, path=path, tls=tls, server_hostname=server_hostname, authority=authority, limits=limits
-        )
-        self.scheme = b"https" if tls else b"http"
+        super().__init__(host, port, **options)
+        self.scheme = b"https" if self.dialler.tls else b"http"
         self.budget = budget or WindowBudget(0)
         self._waiting: dict[Http2OriginLeg, float] = {}  # until when, in order
         self._dialling: asyncio.Task[None] | None = None

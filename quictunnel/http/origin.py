@@ -4,7 +4,7 @@ No task, queue, future or timer is made for a request that finds a kept connecti
 """
 
 import asyncio
-import ssl
+from typing import Any
 
 from quictunnel.http.end_watch import EndWatch
 from quictunnel.http.limits import OriginLimits
@@ -19,21 +19,9 @@ __all__ = ["Origin", "OriginLeg", "OriginLimits"]
 class Origin(OriginPool[OriginLeg, OriginConnection]):
     """A backend; ``open`` gives a leg for each exchange."""
 
-    def __init__(
-        self,
-        host: str = "localhost",
-        port: int = 80,
-        *,
-        path: str | None = None,
-        tls: ssl.SSLContext | None = None,
-        server_hostname: str | None = None,
-        authority: str = "",
-        limits: OriginLimits | None = None,
-    ) -> None:
+    def __init__(self, host: str = "localhost", port: int = 80, **options: Any) -> None:
         """As ``OriginPool``."""
-        super().__init__(
-            host, port, path=path, tls=tls, server_hostname=server_hostname, authority=authority, limits=limits
-        )
+        super().__init__(host, port, **options)
         self._kept: dict[OriginConnection, None] = {}
         self.end_watch = EndWatch(asyncio.get_running_loop())
 
