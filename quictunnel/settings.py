@@ -212,7 +212,7 @@ class ServeSettings(LogSettings):
     )
     slot_wait: Annotated[Duration, LIMITS] = _default("5s", "how long a request may wait for a free stream")
     window_budget: Annotated[int, _size(0, 2**40), LIMITS, Option("SIZE")] = _default(
-        "64MiB", "what all flow-control windows may grow by together"
+        "32MiB", "what all flow-control windows may grow by together"
     )
 
     @property
@@ -288,7 +288,7 @@ class ConnectSettings(LogSettings):
         16, "QUIC connections, each of about 100 streams"
     )
     window_budget: Annotated[int, _size(0, 2**40), LIMITS, Option("SIZE")] = _default(
-        "64MiB", "what all flow-control windows may grow by together"
+        "32MiB", "what all flow-control windows may grow by together"
     )
 
     @model_validator(mode="after")

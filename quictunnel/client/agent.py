@@ -62,7 +62,7 @@ class _TryLater(Exception):
         super().__init__(text)
 
 
-DEFAULT_BUDGET: Final = 64 * 1024 * 1024
+DEFAULT_BUDGET: Final = 32 * 1024 * 1024
 "bytes that receive windows grow by together when nobody says how many"
 
 
