@@ -16,6 +16,8 @@ from quictunnel.wire.frames import Data, End, Frame, RequestHead, ResponseHead
 from tests.support.clock import run
 from tests.support.memory import PAIRS, Network, Recorder, opened
 
+pytestmark = pytest.mark.either
+
 GET = RequestHead(b"GET", b"http", b"app.localhost", b"/a/../b?c=%20", [(b"accept", b"*/*")])
 POST = RequestHead(b"POST", b"http", b"app.localhost", b"/", [(b"content-type", b"text/plain")], True)
 OK = ResponseHead(200, [(b"set-cookie", b"a=1"), (b"set-cookie", b"b=2")])

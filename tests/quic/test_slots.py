@@ -12,6 +12,8 @@ from quictunnel.wire.frames import Data, End, RequestHead, ResponseHead
 from tests.support.clock import run
 from tests.support.memory import Network, Recorder, opened
 
+pytestmark = pytest.mark.either
+
 GET = RequestHead(b"GET", b"http", b"app.localhost", b"/", [])
 OK = ResponseHead(200, [])
 
