@@ -338,10 +338,13 @@ class Link:
             if self._control_out and self.ready:
                 self._flush_control()
         now = self._loop.time()
-        send = self._send
-        for data, address in connection.datagrams_to_send(now=now):
-            send(data, address)
+        self._transmit(now)
         self._arm(connection.get_timer(), now)
+
+    def _transmit(self, now: float) -> None:
+        send = self._send
+        for data, address in self._connection.datagrams_to_send(now=now):
+            send(data, address)
 
     def _flush_control(self) -> None:
         data = b"".join(self._control_out)
@@ -398,6 +401,8 @@ class Link:
         self.address = address
         try:
             self._connection.receive_datagram(data, address, now=now)
+            if self.engine.sends_before_events and self.ready:
+                self._transmit(now)
             self._events()
             if self._starved and self._opened < self.engine.streams_allowed(self._connection):
                 self._starved = False
