@@ -4,11 +4,10 @@ kept (in the owner's list) <-> lent to a leg -> upgraded -> closed
 """
 
 import asyncio
-import socket
 import ssl
-import struct
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
+from quictunnel.http import endings
 from quictunnel.http.end_watch import EndWatch
 from quictunnel.http.limits import OriginLimits
 from quictunnel.http.origin_answer import AnswerParser
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["FOREVER", "OriginConnection", "Owner"]
 
 FOREVER: Final = float("inf")
-# SO_LINGER on, with no time: closing sends a reset (socket(7)).
-_RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 _END: Final = End()
 
 
@@ -128,24 +125,18 @@ class OriginConnection(asyncio.Protocol):
 
     def write_eof(self) -> None:
         """Say that nothing follows what was written, where that can be said."""
-        if not self.transport.can_write_eof():
-            return
-        try:
-            self.transport.write_eof()
-        except OSError:
-            # The backend's reset has come and has not been read yet; ``connection_lost`` tells of it.
-            self.transport.abort()
+        if self.transport.can_write_eof():
+            endings.half_close(self.transport)
 
     def drop(self) -> None:
         """Close at once; nothing of it is needed any more."""
         leg, self.leg = self.leg, None
         if leg is not None and (self._upgraded or not leg.is_sent() or self.transport.get_write_buffer_size()):
-            # A reset: an orderly end would stand behind what the backend has not taken yet, and may never take, or
-            # would tell it nothing after a half-close.
-            sock = self.transport.get_extra_info("socket")
-            if sock is not None:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-        self.transport.abort()
+            # An orderly end would stand behind what the backend has not taken yet, and may never take, or would tell
+            # it nothing after a half-close.
+            endings.reset(self.transport)
+        else:
+            self.transport.abort()
 
     # What the owner calls
 

@@ -7,11 +7,12 @@ the end of that turn otherwise. What the visitor does not take is bounded by pau
 import asyncio
 import fcntl
 import socket
-import struct
 import termios
 from collections.abc import Callable
 from math import inf
 from typing import TYPE_CHECKING, Final, cast
+
+from quictunnel.http import endings
 
 if TYPE_CHECKING:
     from quictunnel.http.visitor import VisitorListener
@@ -22,8 +23,6 @@ __all__ = ["WRITE_SIZE", "VisitorOutput"]
 WRITE_SIZE: Final = 64 * 1024
 # Seconds between two questions of TCP's to a silent visitor; by default the first comes after two hours.
 _KEEP_ALIVE: Final = 15
-# SO_LINGER on, with no time: closing sends a reset (socket(7)).
-_RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
 
 class VisitorOutput(asyncio.Protocol):
@@ -112,11 +111,7 @@ class VisitorOutput(asyncio.Protocol):
 
     def half_close(self) -> None:
         """Say that nothing follows what was written."""
-        try:
-            self._transport.write_eof()
-        except OSError:
-            # Its reset has come and has not been read yet, which must not become the caller's failure.
-            self._transport.abort()
+        endings.half_close(self._transport)
 
     def discard(self) -> None:
         """Forget what is waiting."""
@@ -180,9 +175,10 @@ class VisitorOutput(asyncio.Protocol):
 
     def drop(self, *, reset: bool) -> None:
         """Close within an answer; by a ``reset``, which also destroys what is still on its way, or not."""
-        if reset and (sock := self._socket) is not None:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-        self._transport.abort()
+        if reset:
+            endings.reset(self._transport)
+        else:
+            self._transport.abort()
 
     @property
     def has_unsent(self) -> bool:
