@@ -18,7 +18,8 @@ from quictunnel.exchange import Leg
 from quictunnel.http.http2 import Http2Error, Http2Session, Http2Stream
 from quictunnel.http.http2_door import read_response, read_trailers
 from quictunnel.http.origin_pool import OriginPool
-from quictunnel.http.origin_request import IDEMPOTENT, REPLAY_LIMIT, announced_length, check_request
+from quictunnel.http.origin_request import announced_length, check_request
+from quictunnel.http.replay import IDEMPOTENT, ReplayLeg
 from quictunnel.wire.credit import WindowBudget
 from quictunnel.wire.errors import ErrorCode, TunnelError
 from quictunnel.wire.fields import check_fields, content_length, end_to_end, trailer_fields, without_upgrade
@@ -283,7 +284,7 @@ class Http2OriginConnection(asyncio.Protocol):
         self.transport.close()
 
 
-class Http2OriginLeg(Leg):
+class Http2OriginLeg(ReplayLeg):
     """One request to the backend and its answer. The ``StreamUser`` of its stream."""
 
     __slots__ = (
@@ -301,8 +302,6 @@ class Http2OriginLeg(Leg):
         "_over",
         "_pause_wanted",
         "_peer_paused",
-        "_replay",
-        "_replay_size",
         "_stream",
         "_tries",
         "deadline",
@@ -326,8 +325,7 @@ class Http2OriginLeg(Leg):
         self._expects = False  # the visitor waits for a 100 before it sends the body
         self._held: list[Frame] = []
         self._peer_paused = False
-        self._replay: list[Frame] | None = []
-        self._replay_size = 0
+        self._replay = []
         self._tries = 0
         # the answer
         self._head_seen = False
@@ -569,15 +567,6 @@ class Http2OriginLeg(Leg):
 
     def _refuse(self, what: str) -> None:
         self.cut(TunnelError(ErrorCode.BAD_REQUEST, f"the request is malformed: {what}"))
-
-    def _remember(self, frame: Frame) -> None:
-        assert self._replay is not None
-        if type(frame) is Data:
-            self._replay_size += len(frame.data)
-        if self._replay_size > REPLAY_LIMIT:
-            self._replay = None
-        else:
-            self._replay.append(frame)
 
     def _again(self) -> bool:
         """Ask once more, if nothing of the request is gone."""

@@ -12,12 +12,11 @@ from typing import Final
 from quictunnel.exchange import Leg
 from quictunnel.http.origin_connection import FOREVER, OriginConnection, Owner
 from quictunnel.http.origin_request import (
-    IDEMPOTENT,
-    REPLAY_LIMIT,
     announced_length,
     encode_request,
     encode_request_trailers,
 )
+from quictunnel.http.replay import IDEMPOTENT, ReplayLeg
 from quictunnel.wire.errors import ErrorCode, TunnelError
 from quictunnel.wire.frames import Data, End, Fields, Frame, RequestHead
 
@@ -26,7 +25,7 @@ __all__ = ["OriginLeg"]
 _END: Final = End()
 
 
-class OriginLeg(Leg):
+class OriginLeg(ReplayLeg):
     """One request to the backend and its answer."""
 
     __slots__ = (
@@ -43,8 +42,6 @@ class OriginLeg(Leg):
         "_pause_wanted",
         "_peer_paused",
         "_pending",
-        "_replay",
-        "_replay_size",
         "answered",
         "asked",
         "dialling",
@@ -68,9 +65,6 @@ class OriginLeg(Leg):
         self._early: list[Frame] = []
         self._pause_wanted = False
         self._peer_paused = False
-        # What would be sent again.
-        self._replay: list[Frame] | None = None
-        self._replay_size = 0
 
         self.asked = False
         "the request has been sent to its end"
@@ -330,12 +324,3 @@ class OriginLeg(Leg):
         self._held.append(frame)
         if type(frame) is Data:
             self.pause_peer()
-
-    def _remember(self, frame: Frame) -> None:
-        assert self._replay is not None
-        if type(frame) is Data:
-            self._replay_size += len(frame.data)
-        if self._replay_size > REPLAY_LIMIT:
-            self._replay = None
-        else:
-            self._replay.append(frame)

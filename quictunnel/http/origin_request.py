@@ -19,18 +19,11 @@ from quictunnel.wire.fields import (
 from quictunnel.wire.frames import Fields, RequestHead
 
 __all__ = [
-    "IDEMPOTENT",
-    "REPLAY_LIMIT",
     "announced_length",
     "check_request",
     "encode_request",
     "encode_request_trailers",
 ]
-
-# RFC 9110 section 9.2.2: what may be sent again when nobody knows whether it arrived.
-IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE", b"TRACE"})
-# Bytes of a request's body kept for a second attempt; a larger one is not repeated.
-REPLAY_LIMIT: Final = 16 * 1024
 
 # RFC 9112 section 3: a method is a token, a target has no white space. HTTP/1.1 needs Host, be it empty (section 3.2).
 _START: Final = re.compile(
