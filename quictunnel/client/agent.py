@@ -27,7 +27,19 @@ from quictunnel.quic.sockets import settle
 from quictunnel.quic.stream import StreamLeg
 from quictunnel.trust.certificates import diagnose, pinned_authority
 from quictunnel.trust.files import TrustError
-from quictunnel.wire.control import VERSION, Authority, ControlMessage, Drain, Grow, Hello, Refuse, Unknown, Welcome
+from quictunnel.wire.control import (
+    VERSION,
+    Authority,
+    ControlMessage,
+    Drain,
+    Drained,
+    Grow,
+    Health,
+    Hello,
+    Refuse,
+    Unknown,
+    Welcome,
+)
 from quictunnel.wire.credit import WindowBudget
 from quictunnel.wire.errors import ErrorCode
 from quictunnel.wire.frames import RequestHead
@@ -353,7 +365,7 @@ class Agent(LinkOwner):
             case Drain():
                 logger.info("= the server is draining")
                 link.draining = True
-            case Hello() | Unknown():
+            case Hello() | Drained() | Health() | Unknown():
                 logger.debug("< {!r}: unexpected {}", link, message.type)
 
     def link_request(self, link: Link, leg: StreamLeg, head: RequestHead) -> RequestHead:

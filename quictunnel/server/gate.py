@@ -15,7 +15,19 @@ from quictunnel.quic.stream import StreamLeg
 from quictunnel.server.registry import Registry, Session, Tunnel
 from quictunnel.trust.files import TrustError
 from quictunnel.trust.tokens import Grant, TokenRefused, TokenStore
-from quictunnel.wire.control import VERSION, Authority, ControlMessage, Drain, Grow, Hello, Refuse, Unknown, Welcome
+from quictunnel.wire.control import (
+    VERSION,
+    Authority,
+    ControlMessage,
+    Drain,
+    Drained,
+    Grow,
+    Health,
+    Hello,
+    Refuse,
+    Unknown,
+    Welcome,
+)
 from quictunnel.wire.errors import ErrorCode, TunnelError
 
 __all__ = ["Gate"]
@@ -64,7 +76,7 @@ class Gate(LinkOwner):
                 self._show_authority(link)
             case Drain():
                 self._drain(link)
-            case Welcome() | Refuse() | Grow() | Unknown():
+            case Welcome() | Refuse() | Grow() | Drained() | Health() | Unknown():
                 logger.debug("< {!r}: unexpected {}", link, message.type)
 
     def link_slot_free(self, link: Link, leg: StreamLeg) -> None:

@@ -24,7 +24,7 @@ from typing import Final
 import pylsqpack
 
 from quictunnel.wire.errors import ProtocolError
-from quictunnel.wire.frames import CONNECT, Data, End, Fields, Frame, RequestHead, ResponseHead
+from quictunnel.wire.frames import CONNECT, PROBE, Data, End, Fields, Frame, RequestHead, ResponseHead
 
 __all__ = ["FrameType", "StreamDecoder", "encode_data", "encode_head", "encode_trailers", "pull_varint", "push_varint"]
 
@@ -283,6 +283,14 @@ def _reset_decoder() -> None:
     _decoder = pylsqpack.Decoder(0, 0)
 
 
+_PROBE_FIELDS: Final = [
+    (b":method", PROBE.method),
+    (b":scheme", PROBE.scheme),
+    (b":authority", PROBE.authority),
+    (b":path", PROBE.target),
+]
+
+
 def _request_head(fields: Fields) -> RequestHead:
     # The shape that encode_head makes, which is every well-behaved peer's: checked by position, without a loop.
     if len(fields) >= 4:
@@ -294,6 +302,8 @@ def _request_head(fields: Fields) -> RequestHead:
                 protocol = rest[0][1]
                 del rest[0]
             if scheme not in (b"http", b"https"):
+                if fields == _PROBE_FIELDS:
+                    return PROBE
                 raise ProtocolError("a request's :scheme is neither http nor https")
             # In absolute-form a backend that is also a proxy would go elsewhere.
             if method and (target[:1] == b"/" or target == b"*" or _is_connect(method, target, protocol)):

@@ -9,9 +9,11 @@ left to carry the credit for a long answer.
     client -> server    authority                      send your CA's certificate (a pin will prove it)
                         hello                          this link is of this session of this tunnel; here is the token
                         drain                          choose this link no more
+                        health                         whether the backend behind this session is well
     server -> client    authority                      the certificate
                         welcome | refuse               the answer to hello
                         grow                           this many links would serve the load
+                        drained                        the answer to drain: so many streams were opened, no more come
                         drain                          this server goes away: nothing new comes
 """
 
@@ -24,13 +26,18 @@ from quictunnel.wire.errors import ProtocolError
 
 __all__ = [
     "CONNECT_CAPABILITY",
+    "PROBE_CAPABILITY",
+    "STICKY",
     "VERSION",
+    "WEIGHT_LIMIT",
     "Authority",
     "ControlDecoder",
     "ControlMessage",
     "Credit",
     "Drain",
+    "Drained",
     "Grow",
+    "Health",
     "Hello",
     "Refuse",
     "Strange",
@@ -43,6 +50,14 @@ __all__ = [
 VERSION: Final = 1
 CONNECT_CAPABILITY: Final = "connect"
 "in a hello: CONNECT requests may be sent to this client, whose backend is a proxy"
+
+PROBE_CAPABILITY: Final = "probe"
+"in a hello: this client answers probes, which take an exchange's way and end before the backend"
+
+STICKY: Final = ("", "cookie", "ip")
+"how a hello may ask for a visitor's requests to be kept together: not at all, by a cookie, by the visitor's address"
+
+WEIGHT_LIMIT: Final = 1000
 
 MESSAGE_LIMIT: Final = 65536
 "bytes of one control message"
@@ -66,6 +81,14 @@ class Hello:
     "name and version of the client program, for logs"
 
     capabilities: list[str] = field(default_factory=list)
+    hosts: list[str] = field(default_factory=list)
+    "custom hosts of the tunnel beside its name, ``*.`` and a host among them"
+
+    weight: int = 1
+    "how much of the load this session takes in relation to the tunnel's others, 1 to WEIGHT_LIMIT"
+
+    sticky: str = ""
+    "one of STICKY"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +101,11 @@ class Welcome:
     max_links: int = 1
     agent: str = ""
     capabilities: list[str] = field(default_factory=list)
+    worker: int = 0
+    "which of the server's processes this link has come to"
+
+    workers: int = 1
+    "how many processes the server has: a session has links to each"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +139,25 @@ class Drain:
     """The sender of this starts or takes nothing new; what is under way goes on."""
 
     type: ClassVar[str] = "drain"
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """The answer to a client's drain: the last word about new streams on this link."""
+
+    type: ClassVar[str] = "drained"
+    streams: int
+    "how many the server has opened on it in all; a client that has seen so many and ended them all misses none"
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What a client's checks of its backend say; until it says something, the backend counts as well."""
+
+    type: ClassVar[str] = "health"
+    healthy: bool
+    text: str = ""
+    "why not, a sentence for people"
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +195,10 @@ class Credit:
     limit: int
 
 
-ControlMessage: TypeAlias = Hello | Welcome | Refuse | Grow | Drain | Authority | Unknown
+ControlMessage: TypeAlias = Hello | Welcome | Refuse | Grow | Drain | Drained | Health | Authority | Unknown
 
 _TYPES: Final[dict[str, type[Any]]] = {
-    kind.type: kind for kind in (Hello, Welcome, Refuse, Grow, Drain, Authority, Unknown)
+    kind.type: kind for kind in (Hello, Welcome, Refuse, Grow, Drain, Drained, Health, Authority, Unknown)
 }
 
 

@@ -14,7 +14,7 @@ length was announced.
 
 from typing import Final, NamedTuple, TypeAlias
 
-__all__ = ["CONNECT", "Data", "End", "Fields", "Frame", "RequestHead", "ResponseHead"]
+__all__ = ["CONNECT", "PROBE", "Data", "End", "Fields", "Frame", "RequestHead", "ResponseHead"]
 
 Fields: TypeAlias = list[tuple[bytes, bytes]]
 
@@ -27,7 +27,7 @@ class RequestHead(NamedTuple):
 
     method: bytes
     scheme: bytes
-    "``http`` or ``https``: how the visitor came"
+    "``http`` or ``https``: how the visitor came; ``quictunnel`` for a probe"
 
     authority: bytes
     "the Host the visitor asked for, byte-exact; empty if HTTP/1.0 gave none"
@@ -42,6 +42,10 @@ class RequestHead(NamedTuple):
 
     protocol: bytes = b""
     "the protocols asked for by Upgrade (RFC 9110 section 7.8), empty for none"
+
+
+PROBE: Final = RequestHead(b"PROBE", b"quictunnel", b"", b"*", [])
+"goes a request's way and is answered by the client itself: no visitor can ask it, for none comes by this scheme"
 
 
 class ResponseHead(NamedTuple):

@@ -17,7 +17,7 @@ from quictunnel.wire.codec import (
     push_varint,
 )
 from quictunnel.wire.errors import ProtocolError
-from quictunnel.wire.frames import Data, End, Frame, RequestHead, ResponseHead
+from quictunnel.wire.frames import PROBE, Data, End, Frame, RequestHead, ResponseHead
 
 LIMIT = 65536
 
@@ -157,6 +157,8 @@ PLACE = [(b":authority", b"a"), (b":path", b"/")]
         (encode_trailers([(b":method", b"GET")]), True, "needs :method"),
         (encode_trailers([(b":method", b""), *SCHEME, *PLACE]), True, "needs :method"),
         (encode_trailers([(b":method", b"GET"), (b":scheme", b"ftp"), *PLACE]), True, "neither http"),
+        (encode_trailers([(b":method", b"GET"), (b":scheme", b"quictunnel"), *PLACE]), True, "neither http"),
+        (encode_head(PROBE._replace(fields=[(b"a", b"b")])), True, "neither http"),
         (encode_trailers([*PLACE, (b":method", b"GET"), *SCHEME]), True, "in this order"),
         (push_varint(FrameType.HEADERS) + push_varint(LIMIT + 1), False, "over the limit"),
         (push_varint(0x21) + push_varint(1 << 21), False, "unknown type"),
@@ -265,3 +267,7 @@ def test_informational_heads_have_room_for_one_head_together() -> None:
 def test_path_is_absolute_or_a_star(target: bytes) -> None:
     with pytest.raises(ProtocolError, match="absolute"):
         decode(encode_head(RequestHead(b"GET", b"http", b"a", target, [])), is_request=True)
+
+
+def test_a_probe_comes_back_as_what_it_is() -> None:
+    assert decode(encode_head(PROBE), is_request=True) == [PROBE, End()]

@@ -14,7 +14,9 @@ from quictunnel.wire.control import (
     ControlMessage,
     Credit,
     Drain,
+    Drained,
     Grow,
+    Health,
     Hello,
     Refuse,
     Strange,
@@ -26,12 +28,14 @@ from quictunnel.wire.control import (
 from quictunnel.wire.errors import ProtocolError
 
 MESSAGES: list[ControlMessage] = [
-    Hello(1, "app", "s" * 32, "qtk_x", 3, "quictunnel/0.1.0", ["a"]),
-    Welcome("app", ["http://app.localhost:8080"], 8, "x", []),
+    Hello(1, "app", "s" * 32, "qtk_x", 3, "quictunnel/0.1.0", ["a"], ["app.example.com", "*.example.com"], 3, "ip"),
+    Welcome("app", ["http://app.localhost:8080"], 8, "x", [], 1, 2),
     Refuse("token_unknown", "no such token", True, None),
     Refuse("limit", "later", False, 2.5),
     Grow(4),
     Drain(),
+    Drained(7),
+    Health(False, "connection refused"),
     Authority("-----BEGIN", ""),
     Unknown("dance"),
 ]
