@@ -39,11 +39,12 @@ T = TypeVar("T", bound=Balanced)
 class Balance(Generic[T]):
     """Sessions in order of their load."""
 
-    __slots__ = ("_count", "_heap", "parked")
+    __slots__ = ("_count", "_heap", "_limit", "parked")
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, T]] = []
         self._count = 0
+        self._limit = _SPARE
         self.parked: set[T] = set()
 
     def __len__(self) -> int:
@@ -56,6 +57,8 @@ class Balance(Generic[T]):
         session.place = self._count
         self.parked.discard(session)
         heappush(self._heap, (session.in_flight / session.weight, self._count, session))
+        if len(self._heap) > self._limit:
+            self._tidy()
 
     def withdraw(self, session: T) -> None:
         """The session is gone."""
@@ -77,11 +80,10 @@ class Balance(Generic[T]):
             heappop(heap)
         return None
 
-    def tidy(self, sessions: int) -> None:
-        """Throw stale entries away if there are more than ``sessions`` explain; called now and then."""
-        if len(self._heap) > 4 * sessions + _SPARE:
-            self._heap = [entry for entry in self._heap if entry[1] == entry[2].place]
-            heapify(self._heap)
+    def _tidy(self) -> None:
+        self._heap = [entry for entry in self._heap if entry[1] == entry[2].place]
+        heapify(self._heap)
+        self._limit = 4 * len(self._heap) + _SPARE
 
 
 def rendezvous(visitor: str, candidates: Iterable[tuple[str, int]]) -> str | None:

@@ -58,7 +58,7 @@ class RegistryLimits:
     max_links: int = 64
     "links of one session"
 
-    sessions: int = 256
+    sessions: int = 1024
     "sessions of one tunnel"
 
     tunnels: int = 100_000
@@ -205,7 +205,18 @@ def _most_room(links: Iterable[Link]) -> Link | None:
 class Tunnel:
     """A public name, and who serves it."""
 
-    __slots__ = ("_by_address", "balance", "in_flight", "lost_at", "name", "owner", "sessions", "sticky", "waiting")
+    __slots__ = (
+        "_by_address",
+        "_by_key",
+        "balance",
+        "in_flight",
+        "lost_at",
+        "name",
+        "owner",
+        "sessions",
+        "sticky",
+        "waiting",
+    )
 
     def __init__(self, name: str, lost_at: float | None = None) -> None:
         self.name = name
@@ -216,7 +227,8 @@ class Tunnel:
         self.sticky = ""  # how visitors are kept together: see wire.control.STICKY
         self.in_flight = 0
         self.waiting: deque[tuple[float, RequestLeg]] = deque()  # (until when, who), in order
-        self._by_address: dict[str, str] = {}  # a visitor's address to a session's key, as long as no session changes
+        self._by_key: dict[str, Session] = {}
+        self._by_address: dict[str, Session] = {}  # whose visitors they are, as long as no session changes
 
     def __repr__(self) -> str:
         return f"<Tunnel {self.name} sessions={len(self.sessions)} in_flight={self.in_flight}>"
@@ -269,23 +281,20 @@ class Tunnel:
 
     def session_of_key(self, key: str) -> Session | None:
         """The session that visitors know by ``key``."""
-        for session in self.sessions.values():
-            if session.key == key:
-                return session
-        return None
+        return self._by_key.get(key)
 
     def session_of_address(self, address: str) -> Session | None:
         """The session that the visitor from ``address`` belongs to as long as the same ones are there and healthy."""
-        key = self._by_address.get(address)
-        if key is None:
+        session = self._by_address.get(address)
+        if session is None:
             fit = [(each.key, each.weight) for each in self.sessions.values() if each.healthy and not each.is_leaving()]
             key = rendezvous(address, fit)
             if key is None:
                 return None
             if len(self._by_address) >= _ADDRESSES:
                 self._by_address.clear()
-            self._by_address[address] = key
-        return self.session_of_key(key)
+            session = self._by_address[address] = self._by_key[key]
+        return session
 
     def changed(self, session: Session) -> None:
         """The load of ``session`` has changed, or what it can take."""
@@ -295,6 +304,7 @@ class Tunnel:
     def sessions_changed(self) -> None:
         """A session has come, gone, or changed in what it is chosen by."""
         self._by_address.clear()
+        self._by_key = {session.key: session for session in self.sessions.values()}
         for session in self.sessions.values():
             self.changed(session)
 
@@ -551,7 +561,6 @@ class Registry:
                     tunnel.changed(session)
             if not tunnel.balance.parked:
                 self._parked.discard(tunnel)
-            tunnel.balance.tidy(len(tunnel.sessions))
         for tunnel in list(self._waiting):
             self.serve_waiting(tunnel, now)
             # Whose visitors have left are not to be counted among those who want links.
