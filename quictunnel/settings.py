@@ -216,6 +216,9 @@ class ServeSettings(LogSettings):
     max_in_flight: Annotated[int, _whole(1, 1_000_000), LIMITS, Option("N")] = _default(
         4096, "requests in flight per tunnel"
     )
+    max_names: Annotated[int, _whole(1, 100_000), LIMITS, Option("N")] = _default(
+        1000, "tunnel names and custom hosts that one token may hold"
+    )
     slot_wait: Annotated[Duration, LIMITS] = _default("5s", "how long a request may wait for a free stream")
     hold: Annotated[DurationOrNone, LIMITS] = _default(
         "3s", "how long a request may wait for a client that was lost to come back; 0s: not at all"

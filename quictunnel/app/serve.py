@@ -25,6 +25,7 @@ from quictunnel.server.status import Status
 from quictunnel.settings import ServeSettings
 from quictunnel.trust.files import private_directory, write_private
 from quictunnel.trust.join import LOCAL_JOIN, JoinString
+from quictunnel.trust.owners import Owners
 from quictunnel.trust.tokens import TokenRefused, TokenStore
 
 __all__ = ["announce", "make_server", "serve"]
@@ -82,10 +83,12 @@ def _hang_up(act: Callable[[], None]) -> Iterator[None]:
 def make_server(
     settings: ServeSettings, engine: Engine, tokens: TokenStore, identity: Identity, access: AccessLog
 ) -> Server:
-    """A server of these settings, not yet started. Raises CommandError."""
+    """A server of these settings, not yet started. Raises CommandError and TrustError."""
+    owners = Owners(settings.state_dir)
     try:
-        return Server(server_config(settings, identity), engine, tokens, access)
+        return Server(server_config(settings, identity), engine, tokens, owners, access)
     except (OSError, ValueError) as error:
+        owners.close()
         raise CommandError(f"the certificate {identity.files.certificate} cannot be used: {error}") from None
 
 

@@ -6,7 +6,7 @@ whose client is lost is ``request_leg``'s affair; it comes here again for anothe
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -333,16 +333,27 @@ class Tunnel:
 class Registry:
     """All tunnels of a server."""
 
-    def __init__(self, limits: RegistryLimits) -> None:
+    def __init__(
+        self, limits: RegistryLimits, known: Callable[[str], bool] = lambda name: False, since: float = 0.0
+    ) -> None:
+        """``known`` says of a name that was never registered here whether it is somebody's all the same.
+
+        ``since`` is when this server began, on the loop's clock: since then such a tunnel is without a client.
+        """
         self.limits = limits
+        self._known = known
+        self._since = since
         self.tunnels: dict[str, Tunnel] = {}
         self._sessions = 0
         self._waiting: set[Tunnel] = set()
         self._parked: set[Tunnel] = set()  # those with sessions that nobody else will offer again
 
     def tunnel(self, name: str) -> Tunnel | None:
-        """The tunnel of that name, if it was ever registered here."""
-        return self.tunnels.get(name)
+        """The tunnel of that name, if it was ever registered, here or elsewhere. Raises TunnelError."""
+        tunnel = self.tunnels.get(name)
+        if tunnel is None and self._known(name):
+            tunnel = self._new_tunnel(name, self._since)
+        return tunnel
 
     def only_tunnel(self) -> Tunnel | None:
         """The only tunnel that is served now, or that ever was."""
@@ -361,9 +372,7 @@ class Registry:
         name = grant.tunnel
         tunnel = self.tunnels.get(name)
         if tunnel is None:
-            if len(self.tunnels) >= self.limits.tunnels:
-                self._forget_one()
-            tunnel = self.tunnels[name] = Tunnel(name, now)
+            tunnel = self._new_tunnel(name, now)
         session = tunnel.sessions.get(session_id)
         if session is None and len(tunnel.sessions) >= self.limits.sessions:
             raise TunnelError(ErrorCode.CONNECTION_LIMIT_REACHED, "the tunnel has as many sessions as it may")
@@ -438,6 +447,12 @@ class Registry:
         for leg in link.legs():
             if isinstance(leg, RequestLeg):
                 leg.rescue()
+
+    def _new_tunnel(self, name: str, lost_at: float) -> Tunnel:
+        if len(self.tunnels) >= self.limits.tunnels:
+            self._forget_one()
+        tunnel = self.tunnels[name] = Tunnel(name, lost_at)
+        return tunnel
 
     def _forget_one(self) -> None:
         for name, tunnel in self.tunnels.items():

@@ -1,7 +1,8 @@
 """A running server: the public side, the clients' side, and the two lives of a process between start and stop."""
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from ipaddress import IPv4Network, IPv6Network
@@ -15,14 +16,18 @@ from quictunnel.http.visitor import VisitorLimits, VisitorListener
 from quictunnel.log import AccessLog
 from quictunnel.quic.engine import Engine, ServerIdentity
 from quictunnel.quic.listen import LinkListener
+from quictunnel.server.book import Book
 from quictunnel.server.entry import ProxyEntry
 from quictunnel.server.gate import Gate
+from quictunnel.server.hosts import Hosts
 from quictunnel.server.probes import Prober
 from quictunnel.server.registry import Registry, RegistryLimits
 from quictunnel.trust.certificates import Issuer
+from quictunnel.trust.owners import Owners
 from quictunnel.trust.tokens import TokenStore
 from quictunnel.wire.control import Authority
 from quictunnel.wire.credit import WindowBudget
+from quictunnel.wire.errors import TunnelError
 from quictunnel.wire.fields import tunnel_name
 
 __all__ = ["Server", "ServerConfig"]
@@ -45,9 +50,12 @@ class ServerConfig:
     "where visitors come in by TLS, beside ``http``"
 
     issuer: Issuer | None = None
-    "makes certificates for tunnels of a domain whose wildcard no certificate can have"
+    "makes certificates for custom hosts, and for tunnels of a domain whose wildcard no certificate can have"
 
     default_tunnel: bool = False
+    max_names: int = 1000
+    "tunnel names and custom hosts that one token may have"
+
     trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = ()
     retry: str = "auto"
     window_budget: int = 256 * 1024 * 1024
@@ -60,23 +68,31 @@ class ServerConfig:
 class Server:
     """Accepts visitors and clients, and brings them together."""
 
-    def __init__(self, config: ServerConfig, engine: Engine, tokens: TokenStore, access: AccessLog) -> None:
-        """Raises OSError and ValueError for a certificate or key that cannot be used."""
+    def __init__(
+        self, config: ServerConfig, engine: Engine, tokens: TokenStore, owners: Owners, access: AccessLog
+    ) -> None:
+        """``owners`` is closed with it. Raises OSError and ValueError for a certificate or key that cannot be used."""
         self._config = config
         self._access = access
         loop = asyncio.get_running_loop()
         self._loop = loop
         budget = WindowBudget(config.window_budget)
-        self.registry = Registry(config.registry)
+        self._book = Book(owners, tokens, max_names=config.max_names, now=_now, clock=loop.time)
+        self.registry = Registry(config.registry, self._book.knows, loop.time())
+        self._hosts = Hosts(self.registry.tunnel, self._book.host)
         self.gate = Gate(
             self.registry,
             tokens,
+            self._book,
+            self._hosts,
+            domain=config.domain,
             authority=Authority(config.authority, _own_certificate(config.identity)),
             public_urls=self.public_urls,
-            now=lambda: datetime.now(UTC),
+            now=_now,
         )
         self.entry = ProxyEntry(
             self.registry,
+            self._hosts,
             budget,
             access,
             domain=config.domain,
@@ -93,7 +109,7 @@ class Server:
         self._issuer = config.issuer
         self._tls: VisitorTls | None = None
         if config.https is not None:
-            self._tls = VisitorTls(config.identity.certificate, config.identity.key, self._issue)
+            self._tls = VisitorTls(config.identity.certificate, config.identity.key, self._issue, self._own_name)
         self.links = LinkListener(engine, config.identity, self.gate, budget, retry=config.retry)
         self.prober = Prober(self.registry, budget, loop.time)
         self.gate.on_accepted = self.links.accepted
@@ -120,9 +136,18 @@ class Server:
             raise
         self._tick()
 
-    def public_urls(self, name: str) -> list[str]:
-        """Where visitors find the tunnel of that name, the best way first."""
-        host = f"{name}.{self._config.domain}"
+    def public_urls(self, name: str, hosts: Sequence[str] = ()) -> list[str]:
+        """Where visitors find the tunnel of that name and of these custom hosts, the best way first."""
+        own = f"{name}.{self._config.domain}"
+        exact = [host for host in hosts if not host.startswith("*.")]
+        wild = [host for host in hosts if host.startswith("*.")]
+        return [
+            *(self._urls(host)[0] for host in exact),
+            *self._urls(own),
+            *(self._urls(host)[0] for host in wild),
+        ]
+
+    def _urls(self, host: str) -> list[str]:
         port = self.http_address[1]
         urls = [f"http://{host}" + ("" if port == 80 else f":{port}")]
         if self.https_address is not None:
@@ -147,6 +172,7 @@ class Server:
         self.visitors.close()
         self.gate.close()
         self.links.close()
+        self._book.close()
         self._access.close()
 
     def _tick(self) -> None:
@@ -176,16 +202,33 @@ class Server:
         self.gate.authority = Authority(config.authority, certificate)
         self.links.retry = config.retry
         self.registry.limits = config.registry
+        self._book.max_names = config.max_names
         self.visitors.change(config.visitors, config.trusted_proxies)
         self.entry.default_tunnel = config.default_tunnel
         self._config = config
 
-    def _issue(self, host: str) -> bytes:
-        """A certificate of its own for a tunnel's host, empty for any other host."""
-        name = tunnel_name(host, self._config.domain)
-        if self._issuer is None or name is None or self.registry.tunnel(name) is None:
-            return b""
-        return self._issuer.issue(host, datetime.now(UTC))
+    def _own_name(self, host: str) -> str:
+        """What a certificate of its own for a visitor's host is to be for; empty for a host that needs or has none."""
+        domain = self._config.domain
+        if self._issuer is None or host == domain:
+            return ""
+        name = tunnel_name(host, domain)
+        with suppress(TunnelError):
+            if name is None:
+                pattern = self._hosts.pattern(host)
+                return host if pattern.startswith("*.") and "." not in pattern[2:] else pattern
+            # Below a domain of more labels the server's own certificate is for all of them.
+            if "." not in domain and "." not in name and self.registry.tunnel(name) is not None:
+                return host
+        return ""
+
+    def _issue(self, name: str) -> bytes:
+        assert self._issuer is not None
+        return self._issuer.issue(name, _now())
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
 
 
 def _own_certificate(identity: ServerIdentity) -> str:

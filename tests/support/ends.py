@@ -22,6 +22,7 @@ from quictunnel.quic.link import Link
 from quictunnel.quic.sockets import DatagramSocket
 from quictunnel.server.registry import RegistryLimits, Session
 from quictunnel.server.server import Server, ServerConfig
+from quictunnel.trust.owners import Owners
 from quictunnel.trust.tokens import TokenStore
 from quictunnel.wire.errors import TunnelError
 from quictunnel.wire.frames import Data, End, Frame, RequestHead, ResponseHead
@@ -285,7 +286,9 @@ class Ends:
             trusted_proxies=self.trusted_proxies,
             registry=self.limits,
         )
-        self.server = Server(config, self._engines[0], self.tokens, AccessLog("text", enabled=False))
+        self.server = Server(
+            config, self._engines[0], self.tokens, Owners(self.tokens.path.parent), AccessLog("text", enabled=False)
+        )
         self._servers.append(self.server)
         await self.server.start()
         self._port = self.server.quic_address[1]
