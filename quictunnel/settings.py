@@ -42,6 +42,7 @@ __all__ = [
     "StatusSettings",
     "TokenCreateSettings",
     "TokenListSettings",
+    "TokenReleaseSettings",
     "TokenRevokeSettings",
 ]
 
@@ -83,6 +84,13 @@ def _parse_tunnel_name(value: object) -> str:
     from quictunnel.wire.names import normalise_tunnel_name
 
     return normalise_tunnel_name(parse_text(value))
+
+
+def _parse_owned_name(value: object) -> str:
+    from quictunnel.wire.names import normalise_host_pattern, normalise_tunnel_name
+
+    text = parse_text(value)
+    return normalise_tunnel_name(text) if text.isdigit() else normalise_host_pattern(text)
 
 
 def _check_backend(value: object) -> str:
@@ -409,6 +417,9 @@ class TokenCreateSettings(_TokenSettings):
     tunnel: Annotated[Texts, MinLen(1), Option("PATTERN")] = _required(
         "the tunnel names it is good for, such as app or 'team-*'; may be repeated"
     )
+    host: Annotated[Texts, Option("PATTERN")] = _default(
+        (), "the custom hosts it is good for, such as app.example.com or '*.example.com'; may be repeated"
+    )
     expires: Annotated[str, BeforeValidator(_check_expiry), Option("AGE")] = _default(
         "never", "how long it is good for: 90m, 12h, 30d, 2w, 1d12h or never"
     )
@@ -425,3 +436,11 @@ class TokenRevokeSettings(_TokenSettings):
     """Options of ``quictunnel token revoke``."""
 
     id: Annotated[Text, Option("ID", positional=True)] = _required("as shown by list")
+
+
+class TokenReleaseSettings(_TokenSettings):
+    """Options of ``quictunnel token release``."""
+
+    name: Annotated[str, BeforeValidator(_parse_owned_name), Option("NAME", positional=True)] = _required(
+        "a tunnel's name or a custom host that a token holds, as shown by list"
+    )
