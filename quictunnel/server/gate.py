@@ -288,7 +288,7 @@ class Gate(LinkOwner):
         """Raises TokenRefused when its token does not allow it any more, and TrustError."""
         grant, now = session.grant, self._now()
         self._tokens.recheck(grant, now)
-        for host in self._hosts.said(session):
+        for host in session.hosts:
             if not self._tokens.holds(grant.token_id, "host", host, now):
                 raise TokenRefused("scope", f"token {grant.token_id} is not for the host {host}")
 

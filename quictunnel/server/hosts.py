@@ -19,8 +19,6 @@ __all__ = ["HOSTS_LIMIT", "HostRefused", "Hosts", "custom_hosts"]
 HOSTS_LIMIT: Final = 16
 "custom hosts of one session"
 
-_NONE: Final[frozenset[str]] = frozenset()
-
 
 class HostRefused(Exception):
     """A client may not have a host: ``code`` is the refusal's, the text says why."""
@@ -60,7 +58,6 @@ class Hosts:
         self._exact: dict[str, Tunnel] = {}
         self._below: dict[str, Tunnel] = {}  # by what stands behind ``*.``
         self._of: dict[Tunnel, set[str]] = {}
-        self._said: dict[Session, frozenset[str]] = {}
 
     def __repr__(self) -> str:
         return f"<Hosts {len(self._exact)} exact, {len(self._below)} wildcards>"
@@ -99,10 +96,6 @@ class Hosts:
 
     # Sessions
 
-    def said(self, session: Session) -> frozenset[str]:
-        """What a session is registered for."""
-        return self._said.get(session, _NONE)
-
     def holder(self, host: str) -> Tunnel | None:
         """The tunnel whose sessions say exactly that host, or exactly that wildcard."""
         return self._below.get(host[2:]) if host.startswith("*.") else self._exact.get(host)
@@ -110,10 +103,7 @@ class Hosts:
     def register(self, session: Session, hosts: Sequence[str]) -> None:
         """A session says what its hosts are."""
         tunnel = session.tunnel
-        if hosts:
-            self._said[session] = frozenset(hosts)
-        else:
-            self._said.pop(session, None)
+        session.hosts = tuple(hosts)
         for host in hosts:
             before = self.holder(host)
             if before is not tunnel:
@@ -126,7 +116,7 @@ class Hosts:
 
     def ended(self, session: Session) -> None:
         """A session is over."""
-        if self._said.pop(session, None):
+        if session.hosts:
             self._settle(session.tunnel)
 
     def _settle(self, tunnel: Tunnel) -> None:
@@ -134,7 +124,7 @@ class Hosts:
         hosts = self._of.get(tunnel)
         if hosts is None:
             return
-        for host in hosts.difference(*(self.said(session) for session in tunnel.sessions.values())):
+        for host in hosts.difference(*(session.hosts for session in tunnel.sessions.values())):
             where, key = self._place(host)
             del where[key]
             hosts.discard(host)

@@ -77,6 +77,7 @@ class Session:
         "grant",
         "health_text",
         "healthy",
+        "hosts",
         "id",
         "in_flight",
         "key",
@@ -101,6 +102,7 @@ class Session:
         self.grant = grant
         self.agent = agent
         self.capabilities: frozenset[str] = frozenset()  # what its client said it can and will do
+        self.hosts: tuple[str, ...] = ()  # custom hosts that its client serves: see ``hosts``
         self.since = since
         self.links: dict[int, Link] = {}
         self.lingering: set[Link] = set()  # replaced or retired, their exchanges still count
