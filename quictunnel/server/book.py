@@ -42,7 +42,7 @@ class Book:
         self.max_names = max_names
         self._now = now
         self._clock = clock
-        self._recent: dict[tuple[NameKind, str], Held | None] = {}
+        self._recent: dict[tuple[NameKind, str], Held | None] = {}  # without a name: the only one
         self._until = 0.0
         self._fault = ""
 
@@ -60,7 +60,12 @@ class Book:
 
     def knows(self, tunnel: str) -> bool:
         """Whether a name in its one form is somebody's. Raises TunnelError when that cannot be told now."""
-        return self._held("tunnel", tunnel) is not None
+        return bool(tunnel) and self._held("tunnel", tunnel) is not None
+
+    def only(self) -> str:
+        """The only name that anybody has, empty if there is not just one. Raises TunnelError."""
+        held = self._held("tunnel", "")
+        return "" if held is None else held.name
 
     def host(self, host: str) -> Held | None:
         """Whose a host, or a wildcard of hosts, is. Raises TunnelError when that cannot be told now."""
@@ -82,8 +87,8 @@ class Book:
 
     def _look(self, kind: NameKind, name: str) -> Held | None:
         try:
-            held = self._owners.look(kind, name)
-            if held is not None and not self._tokens.holds(held.token, kind, name, self._now()):
+            held = self._owners.look(kind, name) if name else self._owners.only()
+            if held is not None and not self._tokens.holds(held.token, kind, held.name, self._now()):
                 held = None
         except TrustError as error:
             if str(error) != self._fault:

@@ -336,14 +336,20 @@ class Registry:
     """All tunnels of a server."""
 
     def __init__(
-        self, limits: RegistryLimits, known: Callable[[str], bool] = lambda name: False, since: float = 0.0
+        self,
+        limits: RegistryLimits,
+        known: Callable[[str], bool] = lambda name: False,
+        only: Callable[[], str] = lambda: "",
+        since: float = 0.0,
     ) -> None:
         """``known`` says of a name that was never registered here whether it is somebody's all the same.
 
-        ``since`` is when this server began, on the loop's clock: since then such a tunnel is without a client.
+        ``only`` gives the only such name, empty if there is not just one. ``since`` is when this server began, on the
+        loop's clock: since then such a tunnel is without a client.
         """
         self.limits = limits
         self._known = known
+        self._only = only
         self._since = since
         self.tunnels: dict[str, Tunnel] = {}
         self._sessions = 0
@@ -358,9 +364,11 @@ class Registry:
         return tunnel
 
     def only_tunnel(self) -> Tunnel | None:
-        """The only tunnel that is served now, or that ever was."""
+        """The only tunnel that is served now, or that ever was. Raises TunnelError."""
         served = [tunnel for tunnel in self.tunnels.values() if tunnel.sessions]
         candidates = served or list(self.tunnels.values())
+        if not candidates and (name := self._only()):
+            return self.tunnel(name)
         return candidates[0] if len(candidates) == 1 else None
 
     def sessions(self) -> list[Session]:

@@ -78,7 +78,7 @@ class Server:
         self._loop = loop
         budget = WindowBudget(config.window_budget)
         self._book = Book(owners, tokens, max_names=config.max_names, now=_now, clock=loop.time)
-        self.registry = Registry(config.registry, self._book.knows, loop.time())
+        self.registry = Registry(config.registry, self._book.knows, self._book.only, loop.time())
         self._hosts = Hosts(self.registry.tunnel, self._book.host)
         self.gate = Gate(
             self.registry,

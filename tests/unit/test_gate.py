@@ -64,7 +64,7 @@ class Door:
         self.clock = 0.0
         self.owners = Owners(directory)
         self.book = Book(self.owners, self.tokens, max_names=max_names, now=lambda: self.now, clock=lambda: self.clock)
-        self.registry = Registry(RegistryLimits(max_links=4), self.book.knows)
+        self.registry = Registry(RegistryLimits(max_links=4), self.book.knows, self.book.only)
         self.hosts = Hosts(self.registry.tunnel, self.book.host)
         self.gate = Gate(
             self.registry,
@@ -631,6 +631,26 @@ async def test_names_and_hosts_of_before_a_restart_are_known_without_a_client(do
     there.clock += 2
     assert leads(there, "app.example.com") == "", "its client has come back without the host"
     assert there.registry.tunnel("app") is there.registry.tunnels["app"]
+
+
+async def test_only_name_there_is_stays_the_default_in_another_process(doors: tuple[Door, Door]) -> None:
+    here, there = doors
+    assert there.registry.only_tunnel() is None
+    here.hello()
+    there.clock += 1
+    there.tokens.reload_if_changed()
+    tunnel = there.registry.only_tunnel()
+    assert tunnel is not None
+    assert (tunnel.name, tunnel.sessions) == ("app", {})
+    there.registry.tunnels.clear()
+    here.hello(tunnel="team-a", session="t" * 24)
+    there.clock += 1
+    assert there.registry.only_tunnel() is None
+    here.owners.release("team-a")
+    here.tokens.revoke(here.token.id, NOW)
+    there.tokens.reload_if_changed()
+    there.clock += 1
+    assert there.registry.only_tunnel() is None
 
 
 async def test_name_whose_token_is_no_good_is_not_known_after_a_restart(doors: tuple[Door, Door]) -> None:
