@@ -6,6 +6,7 @@ many streams share a packet.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from math import inf
@@ -15,6 +16,7 @@ from loguru import logger
 
 from quictunnel.log import escape
 from quictunnel.quic.engine import STREAM_OVER, Connection, Engine
+from quictunnel.quic.sockets import QUOTED
 from quictunnel.quic.stream import StreamLeg
 from quictunnel.wire.control import (
     ControlDecoder,
@@ -46,6 +48,9 @@ _PROBE_EVERY: Final = 1.0
 # So many small frames fill a packet. Waiting for more in a long turn saves nothing, and keeps the other end idle until
 # all are there: both ends would take turns instead of working side by side.
 _BURST: Final = 8
+
+_REMEMBERED: Final = 256
+"datagrams of which it is remembered how they began: more are seldom under way"
 
 _CONTROL_LIMIT: Final = 256 * 1024
 "bytes of control messages that wait for the peer to read: far more than hours of credit are"
@@ -142,8 +147,6 @@ class Link:
         self._allowed = 0  # how many the peer allows, as far as we last looked
         self._starved = False  # it allowed no more when we did
         self.active = 0  # slots of ours in use
-        self.sent = 0  # datagrams, ever
-        self.refused_from: int | None = None  # the first of them that the peer's host says it has no taker for
         self.answered_at = self._loop.time()  # when the way of requests was last seen to be open
         self.ready = False
         self.draining = False  # no new exchange may start on it
@@ -156,6 +159,11 @@ class Link:
         # liveness, in seconds of the loop's clock
         self.heard_at = self._loop.time()
         self.refused = False  # ICMP said that nobody listens at the peer's port; what comes from the peer refutes it
+        self.refused_from = 0  # while it is: datagrams of this number and later ones did not arrive
+        self._refused_at = self._refused_last = 0.0  # the first and the last time that it was said since
+        self.sent = 0  # datagrams ever; the next one's number
+        # How the last ones began, at a server's end: proof of what is said to be refused.
+        self._beginnings: deque[bytes] = deque(maxlen=0 if is_client else _REMEMBERED)
         self.round_trip: float | None = None
         self._pings: dict[int, float] = {}
         self._ping_count = 0
@@ -184,6 +192,36 @@ class Link:
     def legs(self) -> list[StreamLeg]:
         """Those that are under way."""
         return list(self._legs.values())
+
+    def number_of(self, quoted: bytes) -> int | None:
+        """The number of the last datagram that began like this; None if there is none or too little is quoted."""
+        if len(quoted) < QUOTED:
+            return None
+        beginning = quoted[:QUOTED]
+        for back, each in enumerate(reversed(self._beginnings), 1):
+            if each == beginning:
+                return self.sent - back
+        return None
+
+    def unreachable(self, number: int) -> None:
+        """The peer's host refused a datagram of ours, proved by ``number_of``.
+
+        A process that is gone does not come back to its port: whatever was sent after it did not arrive either.
+        """
+        if self.closed is not None:
+            return
+        now = self._loop.time()
+        if not self.refused:
+            self.refused = True
+            self.refused_from = number
+            self._refused_at = now
+        self.refused_from = min(self.refused_from, number)
+        self._refused_last = now
+        self.owner.link_refused(self)
+
+    def refused_for(self) -> float:
+        """Seconds between the first refusal and the last, with nothing heard from the peer since."""
+        return self._refused_last - self._refused_at if self.refused else 0.0
 
     def silent_for(self) -> float:
         """Seconds since the peer was heard; endless when its host says that nobody listens."""
@@ -349,10 +387,11 @@ class Link:
         self._arm(connection.get_timer(), now)
 
     def _transmit(self, now: float) -> None:
-        send = self._send
+        send, beginnings = self._send, self._beginnings
         for data, address in self._connection.datagrams_to_send(now=now):
-            self.sent += 1
             send(data, address)
+            beginnings.append(data[:QUOTED])
+            self.sent += 1
 
     def _flush_control(self) -> None:
         data = b"".join(self._control_out)
@@ -535,8 +574,7 @@ class Link:
         # What can still be said is that it is over: a peer that is not told waits for its idle time-out.
         with suppress(Exception):
             self._connection.close(error_code=ErrorCode.INTERNAL_ERROR, reason_phrase="internal error")
-            for data, address in self._connection.datagrams_to_send(now=self._loop.time()):
-                self._send(data, address)
+            self._transmit(self._loop.time())
         self.abandon(LinkClosed(ErrorCode.INTERNAL_ERROR, f"{type(error).__name__}: {error}"))
 
     def _lost(self, why: LinkClosed) -> None:

@@ -16,7 +16,7 @@ from quictunnel.quic.first_packets import (
     version_negotiation_packet,
 )
 from quictunnel.quic.link import Link, LinkClosed, LinkOwner
-from quictunnel.quic.sockets import DATAGRAM_SIZE, DatagramSocket, enlarge_buffers
+from quictunnel.quic.sockets import DATAGRAM_SIZE, DatagramSocket, Refusal, enlarge_buffers
 from quictunnel.wire.credit import WindowBudget
 from quictunnel.wire.errors import ErrorCode
 
@@ -37,6 +37,10 @@ _SMALLEST_INITIAL: Final = 1200
 
 HANDSHAKE_TIME: Final = 10.0
 "seconds that a handshake and the hello after it may take"
+
+
+_REFUSED_TIME: Final = 1.0
+"seconds for which a client's port is said to be closed before its link is given up"
 
 
 class LinkListener:
@@ -74,7 +78,7 @@ class LinkListener:
         if sock is None:
             sock = await self._bind(host, port, reuse_port)
         enlarge_buffers(sock)
-        self._socket = DatagramSocket(sock, self.datagram_received, self._failed)
+        self._socket = DatagramSocket(sock, self.datagram_received, self._failed, self._refused)
         self._sweep()
         bound = sock.getsockname()
         return bound[0], bound[1]
@@ -122,6 +126,16 @@ class LinkListener:
 
     def _failed(self, error: OSError) -> None:
         logger.debug("= QUIC socket: {!r}", error)
+
+    def _refused(self, refusals: list[Refusal]) -> None:
+        """Clients' hosts say that nobody listens there any more; a link believes what is proved to be its own."""
+        places = {refusal.address[:2] for refusal in refusals}
+        links = [link for link in self._ids if link.address is not None and link.address[:2] in places]
+        for quoted, address in refusals:
+            for link in links:
+                if link.address[:2] == address[:2] and (number := link.number_of(quoted)) is not None:
+                    link.unreachable(number)
+                    break
 
     def datagram_received(self, data: bytes, address: Any) -> None:
         """Take a datagram from anyone."""
@@ -216,11 +230,19 @@ class LinkListener:
         self._sweeper = self._loop.call_later(1.0, self._sweep)
         for link in self.links:
             link.end_stalled()
+            if link.refused:
+                self._end_refused(link)
         late = self._loop.time() - HANDSHAKE_TIME
         for link, since in list(self._half_open.items()):
             if since > late:
                 break
             self._drop(link, "no hello came in time")
+
+    def _end_refused(self, link: Link) -> None:
+        if link.refused_for() >= _REFUSED_TIME:
+            link.abandon(LinkClosed(ErrorCode.CONNECTION_TERMINATED, "nobody listens at the client's port any more"))
+        else:
+            link.ping()  # is it still so?
 
     def _drop(self, link: Link, why: str) -> None:
         """Give up a link that has not proved itself."""
