@@ -105,6 +105,10 @@ def _failed(text: str, status: int) -> int:
 
 
 def _serve(settings: ServeSettings, again: Callable[[], ServeSettings]) -> int:
+    if settings.workers > 1:
+        from quictunnel.app.workers import serve_workers
+
+        return _fork_logged(lambda settings, run: serve_workers(settings, again, run), settings)
     from quictunnel.app.serve import serve
 
     return _run_logged(lambda settings: serve(settings, again), settings)

@@ -27,6 +27,7 @@ from quictunnel.values import (
     parse_text,
     parse_whole,
     parse_word,
+    parse_workers,
     split_list,
 )
 
@@ -206,6 +207,9 @@ class ServeSettings(LogSettings):
         "auto", "when a client's address is validated by Retry; auto: when many handshakes are half open"
     )
     grace: Duration = _default("30s", "how long requests in flight may take to finish after SIGTERM")
+    workers: Annotated[int, BeforeValidator(parse_workers), Option("N|auto")] = _default(
+        "1", "server processes that share the ports, each with an equal part of the limits; auto: one on each processor"
+    )
 
     head_size: Annotated[int, _size(1024, 2**24), LIMITS, Option("SIZE")] = _default(
         "64KiB", "request line and header section"

@@ -60,8 +60,13 @@ class Gate(LinkOwner):
         authority: Authority,
         public_urls: Callable[[str, Sequence[str]], list[str]],
         now: Callable[[], datetime],
+        worker: int = 0,
+        workers: int = 1,
     ) -> None:
-        """``authority`` answers clients that only know a pin yet; ``now`` is the wall clock, aware."""
+        """``authority`` answers clients that only know a pin yet; ``now`` is the wall clock, aware.
+
+        It is the gate of one of ``workers`` processes, and tells clients so: each session has links to each.
+        """
         self._registry = registry
         self._tokens = tokens
         self._book = book
@@ -70,6 +75,8 @@ class Gate(LinkOwner):
         self.authority = authority
         self._public_urls = public_urls
         self._now = now
+        self._worker = worker
+        self._workers = workers
         self._loop = asyncio.get_running_loop()
         self._refused: dict[Link, asyncio.TimerHandle] = {}  # until when they may read why
         self._asked: set[Link] = set()  # have had the authority's certificate
@@ -156,7 +163,16 @@ class Gate(LinkOwner):
         self._hosts.register(session, hosts)
         self.on_accepted(link)
         urls = self._public_urls(name, hosts)
-        link.send_control(Welcome(name, urls, self._registry.limits.max_links, f"quictunnel/{__version__}"))
+        link.send_control(
+            Welcome(
+                name,
+                urls,
+                self._registry.limits.max_links,
+                f"quictunnel/{__version__}",
+                worker=self._worker,
+                workers=self._workers,
+            )
+        )
         if begins:
             logger.info(
                 "session {} serves tunnel {} from {} by token {} ({})",

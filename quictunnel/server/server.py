@@ -1,13 +1,14 @@
 """A running server: the public side, the clients' side, and the two lives of a process between start and stop."""
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from loguru import logger
 
@@ -16,6 +17,7 @@ from quictunnel.http.visitor import VisitorLimits, VisitorListener
 from quictunnel.log import AccessLog
 from quictunnel.quic.engine import Engine, ServerIdentity
 from quictunnel.quic.listen import LinkListener
+from quictunnel.quic.steering import Steering
 from quictunnel.server.book import Book
 from quictunnel.server.entry import ProxyEntry
 from quictunnel.server.gate import Gate
@@ -30,7 +32,7 @@ from quictunnel.wire.credit import WindowBudget
 from quictunnel.wire.errors import TunnelError
 from quictunnel.wire.fields import tunnel_name
 
-__all__ = ["Server", "ServerConfig"]
+__all__ = ["Server", "ServerConfig", "Sockets", "public_urls"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,18 @@ class ServerConfig:
     visitors: VisitorLimits = field(default_factory=VisitorLimits)
     registry: RegistryLimits = field(default_factory=RegistryLimits)
 
+    worker: int = 0
+    workers: int = 1
+    "how many processes share the ports, and which of them this is"
+
+
+class Sockets(NamedTuple):
+    """What a server listens at, when another process has opened it."""
+
+    http: list[socket.socket]
+    https: list[socket.socket]
+    quic: socket.socket
+
 
 class Server:
     """Accepts visitors and clients, and brings them together."""
@@ -89,6 +103,8 @@ class Server:
             authority=Authority(config.authority, _own_certificate(config.identity)),
             public_urls=self.public_urls,
             now=_now,
+            worker=config.worker,
+            workers=config.workers,
         )
         self.entry = ProxyEntry(
             self.registry,
@@ -110,7 +126,8 @@ class Server:
         self._tls: VisitorTls | None = None
         if config.https is not None:
             self._tls = VisitorTls(config.identity.certificate, config.identity.key, self._issue, self._own_name)
-        self.links = LinkListener(engine, config.identity, self.gate, budget, retry=config.retry)
+        steering = Steering(config.worker, config.workers)
+        self.links = LinkListener(engine, config.identity, self.gate, budget, retry=config.retry, steering=steering)
         self.prober = Prober(self.registry, budget, loop.time)
         self.gate.on_accepted = self.links.accepted
         self._ticker: asyncio.TimerHandle | None = None
@@ -122,19 +139,30 @@ class Server:
 
     async def start(self) -> None:
         """Bind all ports. Raises OSError with the address in its text."""
+        await self.start_links()
+        await self.start_visitors()
+
+    async def start_links(self, sockets: Sockets | None = None) -> None:
+        """Take clients in. Raises OSError as ``start``."""
+        quic = self._config.quic
+        starting = self.links.start(*quic, sock=None if sockets is None else sockets.quic)
+        self.quic_address = await _bound(starting, "--quic", quic)
+        self._tick()
+
+    async def start_visitors(self, sockets: Sockets | None = None) -> None:
+        """Take visitors in. Raises OSError as ``start``, and then all is closed."""
         config = self._config
-        self.quic_address = await _bound(self.links.start(*config.quic), "--quic", config.quic)
+        http, https, _ = sockets or ((), (), None)
         try:
-            addresses = await _bound(self.visitors.start(*config.http), "--http", config.http)
+            addresses = await _bound(self.visitors.start(*config.http, sockets=http), "--http", config.http)
             self.http_address = addresses[0]
             if config.https is not None:
-                addresses = await _bound(self.visitors.start(*config.https, tls=self._tls), "--https", config.https)
+                starting = self.visitors.start(*config.https, tls=self._tls, sockets=https)
+                addresses = await _bound(starting, "--https", config.https)
                 self.https_address = addresses[0]
         except OSError:
-            self.visitors.drain()
-            self.links.close()
+            self.close()
             raise
-        self._tick()
 
     def public_urls(self, name: str, hosts: Sequence[str] = ()) -> list[str]:
         """Where visitors find the tunnel of that name and of these custom hosts, the best way first."""
@@ -148,12 +176,7 @@ class Server:
         ]
 
     def _urls(self, host: str) -> list[str]:
-        port = self.http_address[1]
-        urls = [f"http://{host}" + ("" if port == 80 else f":{port}")]
-        if self.https_address is not None:
-            port = self.https_address[1]
-            urls.insert(0, f"https://{host}" + ("" if port == 443 else f":{port}"))
-        return urls
+        return public_urls(host, self.http_address, self.https_address)
 
     async def stop(self, grace: float) -> None:
         """Stop unnoticed: no new work, then what is under way ends within ``grace`` seconds, then the links."""
@@ -229,6 +252,14 @@ class Server:
 
 def _now() -> datetime:
     return datetime.now(UTC)
+
+
+def public_urls(host: str, http: tuple[str, int], https: tuple[str, int] | None) -> list[str]:
+    """Where visitors find a host of a server that is bound to these addresses, the best way first."""
+    urls = [f"http://{host}" + ("" if http[1] == 80 else f":{http[1]}")]
+    if https is not None:
+        urls.insert(0, f"https://{host}" + ("" if https[1] == 443 else f":{https[1]}"))
+    return urls
 
 
 def _own_certificate(identity: ServerIdentity) -> str:
