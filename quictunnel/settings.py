@@ -14,6 +14,7 @@ from quictunnel.values import (
     Network,
     Range,
     parse_address,
+    parse_addresses,
     parse_domain,
     parse_duration,
     parse_host_header,
@@ -94,6 +95,12 @@ def _parse_owned_name(value: object) -> str:
     return normalise_tunnel_name(text) if text.isdigit() else normalise_host_pattern(text)
 
 
+def _parse_hosts(value: object) -> tuple[str, ...]:
+    from quictunnel.wire.names import normalise_host_pattern
+
+    return tuple(dict.fromkeys(normalise_host_pattern(item) for item in split_list(value)))
+
+
 def _check_backend(value: object) -> str:
     from quictunnel.backends.target import parse_backend
 
@@ -136,6 +143,11 @@ Listen = Annotated[Address, BeforeValidator(parse_listen_address), Option("HOST:
 ListenToo = Annotated[Address | None, _optional(parse_listen_address), Option("HOST:PORT")]
 Dial = Annotated[
     Address | None, _optional(lambda value: parse_address(value, DEFAULT_QUIC_PORT)), Option("HOST[:PORT]")
+]
+Servers = Annotated[
+    tuple[Address, ...],
+    BeforeValidator(lambda value: parse_addresses(value, DEFAULT_QUIC_PORT)),
+    Option("HOST[:PORT],…"),
 ]
 Duration = Annotated[float, BeforeValidator(parse_duration), Option("TIME")]
 DurationOrNone = Annotated[
@@ -273,8 +285,21 @@ class ConnectSettings(LogSettings):
     join: Annotated[Secret, _optional(_check_join_string)] = _default(
         None, "the join string that serve printed: address, CA pin and token in one"
     )
-    server: Dial = _default(None, f"the server (default: the join string's, or 127.0.0.1:{DEFAULT_QUIC_PORT})")
+    server: Servers = _default(
+        (),
+        "the server, or several in the order in which they are tried; may be repeated "
+        f"(default: the join string's, or 127.0.0.1:{DEFAULT_QUIC_PORT})",
+    )
     tunnel: TunnelName = _default(None, "the public name (default: what the server gives)")
+    host: Annotated[tuple[str, ...], BeforeValidator(_parse_hosts), Option("HOST")] = _default(
+        (), "a host of your own beside the name, such as app.example.com or *.example.com; may be repeated"
+    )
+    weight: Annotated[int, _whole(1, 1000), Option("N")] = _default(
+        1, "how much of the load this client takes in relation to the tunnel's others"
+    )
+    sticky: Annotated[Literal["cookie", "ip"] | None, _optional(parse_word), Option("cookie|ip")] = _default(
+        None, "keep a visitor with one of the tunnel's clients, by a cookie or by its address (default: no)"
+    )
     state_dir: Directory = _state_dir("where a server on the same machine keeps its certificates and tokens")
     config: File = _default(None, "read options from this TOML file's [connect] table")
     token: Secret = _default(None, "a token instead of the join string's; better given as QUICTUNNEL_TOKEN")

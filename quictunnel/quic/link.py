@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from loguru import logger
 
+from quictunnel.exchange import VOID
 from quictunnel.log import escape
 from quictunnel.quic.engine import STREAM_OVER, Connection, Engine
 from quictunnel.quic.sockets import QUOTED
@@ -143,6 +144,7 @@ class Link:
         # most as many as the peer may have open.
         self._deaf: set[int] = set()
         self._stalled: dict[StreamLeg, float] = {}  # those that wait for credit, since when
+        self.begun = 0  # streams of the peer's that were ever seen
         self.opened = 0  # streams of ours, ever
         self._allowed = 0  # how many the peer allows, as far as we last looked
         self._starved = False  # it allowed no more when we did
@@ -408,6 +410,16 @@ class Link:
         """Bytes written to a stream that have not left yet."""
         return self._connection.get_send_buffer_size(stream_id)
 
+    @property
+    def unsent(self) -> int:
+        """Bytes of all streams that have not left yet."""
+        return 0 if self.closed is not None else self._connection.get_send_buffer_size(None)
+
+    def refuse_unjoined(self) -> None:
+        """Refuse what the peer has begun and nobody has taken up: it is safe to send elsewhere."""
+        for leg in [leg for leg in self._legs.values() if leg.peer is VOID]:
+            leg.abort(TunnelError(ErrorCode.NOT_ACCEPTED))
+
     def _arm(self, at: float | None, now: float) -> None:
         # Every packet moves the library's timer, nearly always to later: a handle that fires too early asks again,
         # which is cheaper than a cancelled handle for every burst.
@@ -496,6 +508,7 @@ class Link:
                 if fin:
                     self._deaf.discard(stream_id)
                 return
+            self.begun += 1
             leg = StreamLeg(self.budget, HEAD_LIMIT, is_opener=False)
             leg.stream_id = stream_id
             self._legs[stream_id] = leg
@@ -514,8 +527,10 @@ class Link:
             what = f"stream {stream_id} must not be opened by the peer" if stream_id else "the control stream was cut"
             self._control_out.clear()  # the library takes no more for a stream that its peer has stopped
             self.close(ErrorCode.FRAME_ERROR, what)
-        elif was_reset:
+        elif was_reset and stream_id in self._deaf:
             self._deaf.discard(stream_id)
+        elif was_reset:
+            self.begun += 1  # and ended before a byte of it came
 
     def _control(self, data: bytes, fin: bool) -> None:
         try:
