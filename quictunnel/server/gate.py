@@ -229,7 +229,7 @@ class Gate(LinkOwner):
             raise _Refused("limit", str(full), retry_after=60.0) from None
         except TrustError as error:
             logger.error("{}", error)
-            raise _Refused("unavailable", "the server cannot look names up now", retry_after=5.0) from None
+            raise _Refused("unavailable", "the server cannot look names up now", retry_after=1.0) from None
         tunnel = self._registry.tunnels.get(claim.tunnel)
         if tunnel is not None:
             # At once, so that not one request for the new owner goes to the old one.

@@ -697,4 +697,7 @@ async def test_book_that_cannot_be_read_makes_names_unavailable_not_unknown(door
         with pytest.raises(TunnelError) as error:
             door.registry.tunnel(name)
         assert error.value.code == ErrorCode.DESTINATION_UNAVAILABLE
+    with pytest.raises(TunnelError):
+        door.hosts.tunnel("app.example.com")  # perhaps somebody's: not to be taken for nobody's
+    assert door.hosts.tunnel("192.0.2.1") is door.hosts.tunnel("[2001:db8::1]") is None
     assert len([line for line in log_lines if "names.db" in line]) == 1
