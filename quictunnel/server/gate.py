@@ -209,8 +209,16 @@ class Gate(LinkOwner):
             hosts = custom_hosts(hello.hosts, grant, self._domain)
         except HostRefused as refused:
             raise _Refused(refused.code, str(refused)) from None
-        self._claim(Claim(grant.token_id, grant.tunnel, hosts, self._is_made_up(grant.tunnel, hello)))
+        fleeting = self._is_made_up(grant.tunnel, hello)
+        self._claim(Claim(grant.token_id, grant.tunnel, hosts, fleeting, self._others(grant, hello)))
         return grant, hosts
+
+    def _others(self, grant: Grant, hello: Hello) -> set[str]:
+        """The hosts that other sessions of the tunnel serve."""
+        tunnel = self._registry.tunnels.get(grant.tunnel)
+        sessions = tunnel.sessions.values() if tunnel is not None else ()
+        mine = [each for each in sessions if each.grant.token_id == grant.token_id and each.id != hello.session]
+        return {host for session in mine for host in session.hosts}
 
     def _claim(self, claim: Claim) -> None:
         """Have the names be the client's token's, or find that they are. Raises _Refused."""
