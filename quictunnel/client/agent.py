@@ -20,6 +20,7 @@ from loguru import logger
 
 from quictunnel import __version__
 from quictunnel.client.fan_out import FanOut
+from quictunnel.client.health import HealthCheck
 from quictunnel.client.keeper import FAST_PING_EVERY, Keeper, Slot
 from quictunnel.client.reach import LONGEST_RETRY, QUICK_FOR, QUICK_RETRY, Backoff, Place, Race
 from quictunnel.log import escape
@@ -144,9 +145,10 @@ class Agent(LinkOwner):
         fan_out: FanOut,
         *,
         budget: WindowBudget | None = None,
+        health: HealthCheck | None = None,
         on_welcome: Callable[[Welcome], None] | None = None,
     ) -> None:
-        """``budget`` is what receive windows grow out of.
+        """``budget`` is what receive windows grow out of; ``health`` is run as long as the agent is.
 
         ``on_welcome`` is called each time the session comes to be served, with what the server said.
         """
@@ -154,6 +156,9 @@ class Agent(LinkOwner):
         self._engine = engine
         self._fan_out = fan_out
         self._on_welcome = on_welcome
+        self._health = health
+        self._checking: asyncio.Task[None] | None = None
+        self._unwell: Health | None = None  # what the servers were told of the backend, if it is not well
         self._budget = budget or WindowBudget(DEFAULT_BUDGET)
         # Who knows this id is this session: it replaces its own ghost by it, so it is as good as a secret.
         self._session = secrets.token_urlsafe(24)
@@ -190,6 +195,7 @@ class Agent(LinkOwner):
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
+                self._check_health(self._health)
                 self._fill_slots()
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
@@ -205,8 +211,25 @@ class Agent(LinkOwner):
         self._stopping = True
         for watcher in list(self._watchers.values()):
             watcher.cancel()
+        self._check_health(None)
         deadline = asyncio.get_running_loop().time() + grace
         await asyncio.gather(*(keeper.part(deadline) for keeper in list(self._keepers.values())))
+
+    # The backend's health
+
+    def _check_health(self, health: HealthCheck | None) -> None:
+        if self._checking is not None:
+            self._checking.cancel()
+            self._checking = None
+        if health is not None and self._group is not None:
+            self._checking = self._group.create_task(health.run(self._say_health), name="health check")
+
+    def _say_health(self, well: bool, why: str) -> None:
+        message = Health(well, why[:_SHOWN])
+        before, self._unwell = self._unwell, None if well else message
+        if not well or before is not None:  # who has said nothing counts as well
+            for link in self.links:
+                link.send_control(message)
 
     # One watcher for each slot
 
@@ -559,6 +582,8 @@ class Agent(LinkOwner):
             self._workers = welcome.workers
             self._fill_slots()
             self._look_at_unwanted()
+        if self._unwell is not None:
+            keeper.link.send_control(self._unwell)
         self._part_leaving()
         if not self.serving:
             self._announce_when_whole(welcome)
