@@ -29,6 +29,7 @@ from quictunnel.quic.engine import ClientTrust, Engine
 from quictunnel.quic.link import Link, LinkClosed, LinkOwner
 from quictunnel.quic.sockets import settle
 from quictunnel.quic.stream import StreamLeg
+from quictunnel.quic.tickets import Tickets
 from quictunnel.trust.certificates import diagnose, pinned_authority
 from quictunnel.trust.files import TrustError
 from quictunnel.wire.control import (
@@ -65,6 +66,9 @@ EARLY_LIMIT: Final = 16
 
 WORKERS: Final = 256
 "processes of one server, at most: their number is told by one byte"
+
+TICKETS: Final = 512
+"for each address of a server and each of its processes one"
 
 STRAYS_PER_WORKER: Final = 4
 "links that come to another process than the one that was meant, before the next one waits"
@@ -171,6 +175,7 @@ class Agent(LinkOwner):
         self._workers = 1  # processes of the server, as far as is known
         self._early: dict[Link, list[ControlMessage]] = {}  # said before the answer was looked at
         self._wanted: dict[int, int] = {}  # how many links each of them wants, if it has said
+        self._tickets = Tickets(TICKETS)
         self._at = 0  # which of the servers this session is with
         self._untrusted: set[Place] = set()
         self._alone = asyncio.Lock()
@@ -410,7 +415,15 @@ class Agent(LinkOwner):
                 break
             try:
                 way = await dial(
-                    self._engine, endpoint, trust, self, self._budget, timeout=left, worker=worker, on_way=on_way
+                    self._engine,
+                    endpoint,
+                    trust,
+                    self,
+                    self._budget,
+                    timeout=left,
+                    worker=worker,
+                    tickets=self._tickets,
+                    on_way=on_way,
                 )
             except DialError as error:
                 failure = error
