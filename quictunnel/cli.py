@@ -40,6 +40,7 @@ from quictunnel.settings import (
     LoadSettings,
     LogSettings,
     ServeSettings,
+    StatusSettings,
     TokenCreateSettings,
     TokenListSettings,
     TokenRevokeSettings,
@@ -134,6 +135,12 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     except ImportError:
         return asyncio.new_event_loop
     return uvloop.new_event_loop
+
+
+def _status(settings: StatusSettings) -> int:
+    from quictunnel.app.status import status
+
+    return status(settings)
 
 
 # Certificates and tokens.
@@ -291,6 +298,7 @@ _COMMANDS: Final[Mapping[str, _Command | _Group]] = {
         },
         "say who may serve which tunnels",
     ),
+    "status": _Command(StatusSettings, _status, "show a running server's tunnels and who serves them"),
     "load": _Command(LoadSettings, _load, "an open-loop load test"),
 }
 

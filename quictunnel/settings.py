@@ -37,6 +37,7 @@ __all__ = [
     "LoadSettings",
     "LogSettings",
     "ServeSettings",
+    "StatusSettings",
     "TokenCreateSettings",
     "TokenListSettings",
     "TokenRevokeSettings",
@@ -306,6 +307,15 @@ class DemoSettings(LogSettings):
     http: Listen = _default("127.0.0.1:8080", "where visitors come in")
     quic: Listen = _default("127.0.0.1:0", "where the client comes in (UDP)")
     engine: Engine = _default("auto", "the QUIC library; auto takes qh3 when it is installed")
+
+
+class StatusSettings(Settings):
+    """Options of ``quictunnel status``."""
+
+    prefix: ClassVar[str] = "QUICTUNNEL_STATUS_"
+
+    state_dir: Annotated[Directory, Option(shared=True)] = _state_dir("the server's --state-dir")
+    json_: Switch = _default(False, "print all of it as JSON")
 
 
 class LoadSettings(Settings):

@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 
 from loguru import logger
 
+from quictunnel import __version__
 from quictunnel.app.process import calm_collector, choose_engine, raise_file_limit, say, stop_signals
 from quictunnel.http.tls import quiet_names
 from quictunnel.http.visitor import VisitorLimits
@@ -15,8 +16,10 @@ from quictunnel.log import AccessLog
 from quictunnel.options import CommandError
 from quictunnel.quic.engine import Engine, ServerIdentity
 from quictunnel.quic.sockets import settle
+from quictunnel.server.admin import Admin
 from quictunnel.server.registry import RegistryLimits
 from quictunnel.server.server import Server, ServerConfig
+from quictunnel.server.status import Status
 from quictunnel.settings import ServeSettings
 from quictunnel.trust.certificates import Issuer, check_pair, ensure_server_certificate, load_authorities, show
 from quictunnel.trust.files import TrustError, private_directory, write_private
@@ -56,6 +59,7 @@ async def serve(settings: ServeSettings) -> int:
     server = make_server(settings, engine, tokens, identity, access)
     with stop_signals() as stopped, quiet_names():
         await server.start()
+        admin = _open_door(settings, engine, server)
         announce(settings, engine, tokens, identity, server)
         calm_collector()
         renewal = asyncio.get_running_loop().create_task(_renew(settings, server))
@@ -64,6 +68,7 @@ async def serve(settings: ServeSettings) -> int:
             await server.stop(settings.grace)
         finally:
             renewal.cancel()
+            admin.close()
             server.close()
             await settle()
     return 0
@@ -151,6 +156,17 @@ def _local_join(directory: Path, tokens: TokenStore, address: str, pin: bytes) -
     join = JoinString(address, pin, token).encode()
     write_private(path, join.encode() + b"\n")
     return join
+
+
+def _open_door(settings: ServeSettings, engine: Engine, server: Server) -> Admin:
+    """The owner's door. A server without one serves all the same."""
+    facts = {"worker": 0, "workers": 1, "version": __version__, "engine": engine.name, "domain": settings.domain}
+    admin = Admin(settings.state_dir, {"status": Status(server, facts).answer})
+    try:
+        admin.start()
+    except OSError as error:
+        logger.warning("quictunnel status cannot ask this server: {}", error)
+    return admin
 
 
 async def _renew(settings: ServeSettings, server: Server) -> None:

@@ -97,6 +97,7 @@ class Server:
         self.gate.on_accepted = self.links.accepted
         self._ticker: asyncio.TimerHandle | None = None
         self._ticks = 0
+        self.draining = False
         self.http_address: tuple[str, int] = config.http
         self.https_address: tuple[str, int] | None = config.https
         self.quic_address: tuple[str, int] = config.quic
@@ -130,6 +131,7 @@ class Server:
     async def stop(self, grace: float) -> None:
         """Stop unnoticed: no new work, then what is under way ends within ``grace`` seconds, then the links."""
         logger.info("= stopping: {} requests in flight get up to {:g} s", self.visitors.in_flight, grace)
+        self.draining = True
         self.visitors.drain()
         self.gate.drain_all()
         await self.visitors.wait_idle(grace)

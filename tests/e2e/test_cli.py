@@ -41,6 +41,24 @@ def failed(processes: Processes, status: int, *words: str, args: tuple[str, ...]
     assert result.stdout == ""
 
 
+def test_status_shows_who_serves_and_says_when_nobody_is_there(processes: Processes) -> None:
+    with RawBackend(answer()) as backend:
+        tunnel = processes.tunnel(backend.target, name="shown")
+        assert visit(tunnel.address, host=tunnel.host).status == 200
+        args = ("status", "--state-dir", str(tunnel.server.state))
+        result = processes.run(*args)
+        assert (result.status, result.stderr) == (0, ""), result
+        assert re.search(rf"^server {tunnel.server.process.pid}: .* up \d+s, http 127\.0\.0\.1:\d+,", result.stdout)
+        assert re.search(r"^shown +1 +healthy .* 127\.0\.0\.1:\d+ .*quictunnel/", result.stdout, re.M)
+        told = json.loads(processes.run(*args, "--json").stdout)
+        assert [each["pid"] for each in told["processes"]] == [tunnel.server.process.pid]
+        assert told["totals"]["sessions"] == 1
+        tunnel.server.process.kill()
+        failed(processes, 1, "no server is running with the state directory", args=args)
+        tunnel.server.start()
+        assert len(json.loads(processes.run(*args, "--json").stdout)["processes"]) == 1
+
+
 # Starting, and not.
 
 
