@@ -39,16 +39,19 @@ class TlsListener:
         handshake_time: float,
         shutdown_time: float,
         is_full: Callable[[], bool],
+        on_idle: Callable[[], None] = lambda: None,
     ) -> None:
         """``handshake_time`` and ``shutdown_time`` are in seconds: how long TLS may take to begin and to end.
 
-        While ``is_full`` says so, whoever comes is turned away without a handshake.
+        While ``is_full`` says so, whoever comes is turned away without a handshake. ``on_idle`` is called when no
+        handshake is under way any more.
         """
         self._tls = tls
         self._make_protocol = make_protocol
         self._handshake_time = handshake_time
         self._shutdown_time = shutdown_time
         self._is_full = is_full
+        self._on_idle = on_idle
         self._loop = asyncio.get_running_loop()
         self._sockets: list[socket.socket] = []
         self._timers: dict[socket.socket, asyncio.TimerHandle] = {}
@@ -81,8 +84,8 @@ class TlsListener:
             self._listen(sock)
         return [sock.getsockname()[:2] for sock in self._sockets]
 
-    def close(self) -> None:
-        """Accept no more, and give up the handshakes that are under way: nobody has asked for anything yet."""
+    def drain(self) -> None:
+        """Accept no more; handshakes under way go on."""
         sockets, self._sockets = self._sockets, []
         for timer in self._timers.values():
             timer.cancel()
@@ -90,6 +93,10 @@ class TlsListener:
         for sock in sockets:
             self._loop.remove_reader(sock)
             sock.close()
+
+    def close(self) -> None:
+        """Accept no more, and give up the handshakes that are under way: nobody has asked for anything yet."""
+        self.drain()
         for task in self._handshakes:
             task.cancel()
 
@@ -129,6 +136,8 @@ class TlsListener:
             handshakes.pop(task, None)
             if task.cancelled():
                 connection.close()  # that of one that had not even begun is nobody's
+            if not handshakes:
+                self._on_idle()
 
         task.add_done_callback(done)
 

@@ -49,6 +49,7 @@ from quictunnel.http.http2_frames import (
     RawFrame,
     goaway_frame,
     known_settings,
+    ping_frame,
     window_frame,
 )
 from quictunnel.wire.credit import INITIAL_WINDOW, ReceiveCredit, WindowBudget
@@ -72,6 +73,8 @@ _LARGEST_STREAM_ID: Final = 2**31 - 1
 _REMEMBERED: Final = 1024
 # RFC 9113 section 6.5.2: the initial value. A peer may allow more, which would be its to fill and ours to search.
 _TABLE_SIZE: Final = 4096
+
+_LAST_CALL: Final = b"lastcall"
 
 # RFC 7541 section 7.1.3: a shared table must not tell one visitor of another's secrets.
 _SECRET: Final = frozenset({b"authorization", b"cookie", b"proxy-authorization", b"set-cookie"})
@@ -195,6 +198,7 @@ class Http2Session:
         self._given_up: dict[int, None] = {}  # streams that were reset from here, the last ones
         self._unwanted = 0  # bytes of the connection's window that came for them
         self._goaway_said = False
+        self._heard_last_call: Callable[[], None] = lambda: None
         self.h2.initiate_connection()
         self.h2.increment_flow_control_window(_CONNECTION_WINDOW - self.h2.inbound_flow_control_window)
         # Announced is announced: h2 would end the connection at one stream more, we refuse that stream (RFC 9113
@@ -268,6 +272,16 @@ class Http2Session:
         self._extra.append(goaway_frame(last_stream_id, code))
         self.owner.wake()
 
+    def last_call(self, heard: Callable[[], None]) -> None:
+        """Say that no streams will be taken soon (RFC 9113 section 6.8).
+
+        ``heard`` is called when the peer knows, and everything that it opened before has come.
+        """
+        self._heard_last_call = heard
+        # In this order: whoever answers the ping has read what was before it.
+        self._extra.append(goaway_frame(_LARGEST_STREAM_ID, ErrorCodes.NO_ERROR) + ping_frame(_LAST_CALL))
+        self.owner.wake()
+
     def terminate(self, error: Http2Error) -> None:
         """Say why the connection ends; nothing is fed or sent after it."""
         self.closed = True
@@ -332,8 +346,11 @@ class Http2Session:
                     self.owner.wake()
             case RemoteSettingsChanged():
                 self.owner.session_room()
-            case PingAckReceived():
-                self._pong()
+            case PingAckReceived(ping_data=data):
+                if data == _LAST_CALL:
+                    self._heard_last_call()
+                else:
+                    self._pong()
             case _:
                 pass
 

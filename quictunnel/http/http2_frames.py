@@ -31,6 +31,7 @@ __all__ = [
     "RawFrame",
     "goaway_frame",
     "known_settings",
+    "ping_frame",
     "window_frame",
 ]
 
@@ -220,6 +221,11 @@ def goaway_frame(last_stream_id: int, code: int) -> bytes:
     """A GOAWAY without debug data (RFC 9113 section 6.8)."""
     payload = last_stream_id.to_bytes(4, "big") + code.to_bytes(4, "big")
     return len(payload).to_bytes(3, "big") + bytes((GOAWAY, 0)) + bytes(4) + payload
+
+
+def ping_frame(payload: bytes) -> bytes:
+    """A PING with these eight bytes (RFC 9113 section 6.7)."""
+    return len(payload).to_bytes(3, "big") + bytes((PING, 0)) + bytes(4) + payload
 
 
 def window_frame(size: int) -> bytes:

@@ -5,7 +5,8 @@ Endings, gentlest first:
     END_STREAM    the answer is complete; what is left of the upload is then refused by RST_STREAM(NO_ERROR) (RFC 9113
                   section 8.1)
     RST_STREAM    the answer is incomplete; nothing else shows that
-    GOAWAY        nothing new is taken, what is under way goes on: the server stops
+    GOAWAY        nothing new is taken, what is under way goes on: the server stops. It is said twice (RFC 9113 section
+                  6.8): that it is coming, and when the visitor knows that, which stream was the last
     close         the visitor broke HTTP/2, or is gone
 
 TCP's half-close has no meaning here: a visitor that closes its side is gone.
@@ -43,9 +44,11 @@ class Http2VisitorConnection(VisitorOutput):
     """One TCP or TLS connection of a visitor that speaks HTTP/2. The ``SessionOwner`` of its session."""
 
     __slots__ = (
+        "_called",
         "_forwarding",
         "_held_to",
         "_idle_since",
+        "_last_call",
         "_legs",
         "_pinged",
         "_reading",
@@ -75,6 +78,8 @@ class Http2VisitorConnection(VisitorOutput):
         self._waiting: dict[Http2VisitorLeg, None] = {}  # whose heads wait for the end of the turn
         self._reading = True
         self._pinged = False
+        self._called = False  # the visitor was told that the end is near
+        self._last_call = inf  # when it has had time enough to hear that
         self._refused_above: int | None = None  # streams beyond it come too late
 
     def __repr__(self) -> str:
@@ -86,7 +91,7 @@ class Http2VisitorConnection(VisitorOutput):
         self._transport = cast(asyncio.Transport, transport)
         self.deadline = self._idle_since + self.limits.head_time
         if self._listener.draining:
-            self.drain()
+            self._linger()
         self.wake()
 
     def data_received(self, data: bytes) -> None:
@@ -134,6 +139,8 @@ class Http2VisitorConnection(VisitorOutput):
         leg = Http2VisitorLeg(self, stream, self._forwarding.client, self._loop.time())
         stream.user = leg
         self._legs[leg] = None
+        if self._listener.draining:
+            self.drain()  # it was not told at once, so that it could ask for something
         try:
             request = read_request(fields, self.limits, ended=ended)
         except TunnelError as error:
@@ -143,7 +150,7 @@ class Http2VisitorConnection(VisitorOutput):
 
     def session_goaway(self, last_stream_id: int, code: int) -> None:
         """The visitor opens no more streams; what it opened goes on."""
-        self.drain()
+        self._refuse_more()
 
     def session_room(self) -> None:
         """Streams are the visitor's to open."""
@@ -201,9 +208,10 @@ class Http2VisitorConnection(VisitorOutput):
     # What the listener asks for
 
     def drain(self) -> None:
-        if self._refused_above is None and not self._closing:
-            self._refused_above = self._session.h2.highest_inbound_stream_id
-            self._session.go_away(self._refused_above)
+        if not self._called and self._refused_above is None and not self._closing:
+            self._called = True
+            self._linger()
+            self._session.last_call(self._refuse_more)
 
     def expire(self, now: float) -> None:
         if now >= self.write_deadline:
@@ -212,18 +220,32 @@ class Http2VisitorConnection(VisitorOutput):
             # What waits to be taken has its own limit.
             if not self._transport.get_write_buffer_size():
                 self.abort()
+        elif now >= self._last_call and self._refused_above is None:
+            self._refuse_more()
         elif self._legs:
             self._look(now)
         elif self._session.gate.is_waiting:
             self._break(Http2Error(ErrorCodes.ENHANCE_YOUR_CALM, "a frame took too long to arrive"))
         else:
-            self.drain()
+            self._refuse_more()
 
     @property
     def is_reading(self) -> bool:
         return self._reading
 
     # The acts
+
+    def _linger(self) -> None:
+        """The server stops: there is little time left for what is on its way."""
+        self._last_call = self._loop.time() + self._listener.linger_time
+        self.deadline = min(self.deadline, self._last_call)
+
+    def _refuse_more(self) -> None:
+        """Take no new stream, and close when those under way are over."""
+        if self._refused_above is None and not self._closing:
+            self._refused_above = self._session.h2.highest_inbound_stream_id
+            self._session.go_away(self._refused_above)
+            self.wake()
 
     def _open(self, leg: "Http2VisitorLeg", request: "Request") -> None:
         fields = self._forwarding.apply(end_to_end(request.fields), request.authority, request.version)
@@ -251,6 +273,8 @@ class Http2VisitorConnection(VisitorOutput):
             self.deadline = min(self.deadline, now + self.limits.head_time)
         else:
             self.deadline = self._idle_since + self.limits.idle_time
+        if self._refused_above is None:
+            self.deadline = min(self.deadline, self._last_call)
 
     def _look(self, now: float) -> None:
         """Are there uploads that have stopped, or has the visitor gone without a word?"""

@@ -30,6 +30,8 @@ _SWEEP: Final = 1.0
 # How many connections beyond the limit are told so; those beyond that are only closed.
 _TOLD: Final = 256
 _BACKLOG: Final = 2048
+# Seconds for which an idle connection is kept when the server stops: the way of a request that was sent just then.
+_LINGER: Final = 2.0
 
 
 class VisitorListener:
@@ -92,6 +94,7 @@ class VisitorListener:
                 handshake_time=self.limits.head_time,
                 shutdown_time=self.limits.write_idle_time,
                 is_full=lambda: len(self._connections) >= self.limits.connections + _TOLD,
+                on_idle=self._look_if_empty,
             )
             self._servers.append(listener)
             return await listener.start(host, port, reuse_port=reuse_port)
@@ -101,13 +104,34 @@ class VisitorListener:
         self._servers.append(server)
         return [sock.getsockname()[:2] for sock in server.sockets]
 
+    @property
+    def linger_time(self) -> float:
+        """How long, in seconds, a connection stays when the server stops and nothing happens on it."""
+        return min(_LINGER, self.limits.idle_time)
+
+    @property
+    def idle_time(self) -> float:
+        """How long, in seconds, a connection stays on which nothing happens."""
+        return self.linger_time if self.draining else self.limits.idle_time
+
     def drain(self) -> None:
-        """Accept no more, and let each connection's current exchange be its last; idle ones are closed now."""
+        """Accept no more, and let each connection's current exchange, or the next one if it comes soon, be its last."""
+        if self.draining:
+            return
         self.draining = True
         for server in self._servers:
-            server.close()
+            if isinstance(server, TlsListener):
+                server.drain()
+            else:
+                server.close()
         for connection in list(self._connections):
             connection.drain()
+        if self._handshakes:
+            self._empty.clear()
+
+    @property
+    def _handshakes(self) -> int:
+        return sum(len(server) for server in self._servers if isinstance(server, TlsListener))
 
     async def wait_idle(self, grace: float) -> bool:
         """Wait up to ``grace`` seconds for the last connection to be gone; whether it is."""
@@ -121,6 +145,8 @@ class VisitorListener:
     def close(self) -> None:
         """Cut what is left, at once."""
         self.drain()
+        for server in self._servers:
+            server.close()
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
@@ -151,7 +177,10 @@ class VisitorListener:
     def forget(self, connection: VisitorOutput) -> None:
         """A connection is gone."""
         self._connections.discard(connection)
-        if not self._connections:
+        self._look_if_empty()
+
+    def _look_if_empty(self) -> None:
+        if not self._connections and not (self.draining and self._handshakes):
             self._empty.set()
 
     def held_to(self, address: str, transport: asyncio.BaseTransport) -> str:

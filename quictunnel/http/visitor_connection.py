@@ -118,7 +118,8 @@ class VisitorConnection(VisitorOutput):
         self._forwarding = listener.forwarding(address, self._scheme)
         self._held_to = listener.held_to(address, transport)
         self._parser.secure = self._scheme == b"https" or self._forwarding.trusted
-        self.deadline = self._loop.time() + listener.limits.head_time
+        # When the server stops, whoever came at the last moment has as long to begin as the others.
+        self.deadline = self._loop.time() + (listener.linger_time if listener.draining else listener.limits.head_time)
         if not listener.admit(self):
             if not transport.is_closing():
                 self._refuse(TunnelError(ErrorCode.CONNECTION_LIMIT_REACHED, "There are too many connections now."))
@@ -322,11 +323,17 @@ class VisitorConnection(VisitorOutput):
     def may_persist(self) -> bool:
         """Whether another exchange may follow, as far as the server is concerned.
 
+        Not when the server stops, unless the visitor has asked for something more already.
+        """
+        return self._may_follow and (bool(self._pending) or not self._listener.draining)
+
+    @property
+    def _may_follow(self) -> bool:
+        """Whether the visitor can ask for something more.
+
         Not behind a request that still comes: its answer may end first, and with it the connection.
         """
-        if self._listener.draining or not self._parser.complete:
-            return False
-        return not self._eof or bool(self._pending)
+        return self._parser.complete and (not self._eof or bool(self._pending))
 
     def hold_body(self, held: bool) -> None:
         """Stop or go on reading the request's body."""
@@ -341,8 +348,9 @@ class VisitorConnection(VisitorOutput):
         self._leave(leg)
         if leg.head is None or not self._parser.complete:
             self._linger(leg)
-        elif keep_alive and self.may_persist:
-            self.deadline = self._loop.time() + self._listener.limits.idle_time
+        elif keep_alive and self._may_follow:
+            # The server may stop since it has said so: what the visitor makes of that is on its way.
+            self.deadline = self._loop.time() + self._listener.idle_time
             self._continue()
         elif self._pending:
             self._linger(leg)
@@ -401,8 +409,9 @@ class VisitorConnection(VisitorOutput):
     # Endings
 
     def drain(self) -> None:
+        # Its next request may be on its way: that is answered, and the answer says that it was the last.
         if self._leg is None and not self._pending and self._parser.complete and not self._closing:
-            self._close()
+            self.deadline = min(self.deadline, self._loop.time() + self._listener.idle_time)
 
     def _leave(self, leg: Http1VisitorLeg) -> None:
         self._leg = None

@@ -62,6 +62,7 @@ class Wire:
         self._decoder.max_header_list_size = 1 << 24
         self._block = b""
         self._next = 1
+        self._answered = 0
 
     def hello(self, values: Mapping[int, int] | None = None) -> bytes:
         """What a connection begins with."""
@@ -139,6 +140,12 @@ class Wire:
         """The code that the stream was reset with."""
         codes = [seen.code for seen in self.of(stream_id) if seen.kind == RST_STREAM]
         return codes[0] if codes else None
+
+    def pongs(self) -> bytes:
+        """Answers to the PINGs that came since the last call."""
+        pings = [seen for seen in self.frames if seen.kind == PING and not seen.flags & ACK]
+        new, self._answered = pings[self._answered :], len(pings)
+        return b"".join(frame(PING, ACK, 0, seen.payload) for seen in new)
 
     @property
     def goaways(self) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ from quictunnel.http import handshakes
 from quictunnel.http.handshakes import TlsListener
 from quictunnel.http.tls import VisitorTls
 from quictunnel.trust.certificates import Ensured, ensure_server_certificate
-from tests.support.tls import LOOPS, client_hello, run, tls_port
+from tests.support.tls import LOOPS, client_context, client_hello, run, tls_port
 
 pytestmark = pytest.mark.parametrize("make", LOOPS)
 
@@ -156,6 +156,37 @@ def test_beyond_the_limit_of_connections_some_are_told_and_the_rest_get_no_hands
     run(make, work())
 
 
+def test_a_handshake_that_is_under_way_when_the_server_stops_gets_its_request_answered(
+    make: Make, ensured: Ensured
+) -> None:
+    async def work() -> None:
+        async with tls_port(ensured) as door:
+            late = socket.create_connection(("127.0.0.1", door.port))
+            await door.until(lambda: len(door.listener) == 1)
+            door.edge.listener.drain()
+            waiting = asyncio.get_running_loop().create_task(door.edge.listener.wait_idle(10.0))
+            with pytest.raises(OSError):
+                await door.connect()
+
+            def ask() -> bytes:
+                late.settimeout(10)
+                with client_context(ensured.authority, "http/1.1").wrap_socket(
+                    late, server_hostname="localhost"
+                ) as tls:
+                    tls.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                    data = b""
+                    while piece := tls.recv(65536):
+                        data += piece
+                    return data
+
+            got = await asyncio.to_thread(ask)
+            assert got.startswith(b"HTTP/1.1 200 ")
+            assert b"connection: close" in got
+            assert await waiting
+
+    run(make, work())
+
+
 def test_closing_gives_up_handshakes_and_leaves_the_port_free(make: Make, ensured: Ensured) -> None:
     async def work() -> None:
         async with tls_port(ensured) as door:
@@ -165,7 +196,7 @@ def test_closing_gives_up_handshakes_and_leaves_the_port_free(make: Make, ensure
             raw = socket.create_connection(("127.0.0.1", door.port))
             door.listener._accept(door.listener._sockets[0])
             assert len(door.listener) == 2
-            door.edge.listener.drain()
+            door.edge.listener.close()
             assert await closed(reader) == b""
             raw.settimeout(10)
             assert await asyncio.get_running_loop().run_in_executor(None, raw.recv, 1) == b""

@@ -651,13 +651,19 @@ async def test_one_connection_too_many_is_closed() -> None:
 # The end
 
 
+LAST = 2**31 - 1
+"the stream that a first GOAWAY names: none is refused yet"
+
+
 async def test_a_drained_connection_finishes_what_is_under_way_and_refuses_the_rest() -> None:
     with visit() as it:
         peer = await it.asks()
         upload = await it.asks(method=b"PUT", end=False)
         it.site.listener.drain()
         await it.hears()
-        assert it.wire.goaways == [(3, 0)]
+        assert it.wire.goaways == [(LAST, 0)]
+        await it.says(it.wire.pongs())
+        assert it.wire.goaways == [(LAST, 0), (3, 0)]
         assert not it.ended
         await it.says(it.wire.get())
         assert it.wire.reset(5) == ErrorCodes.REFUSED_STREAM
@@ -671,12 +677,46 @@ async def test_a_drained_connection_finishes_what_is_under_way_and_refuses_the_r
         assert upload.body == b"all"
 
 
+async def test_a_request_that_crosses_the_goaway_is_answered() -> None:
+    with visit() as it:
+        await it.hears()
+        it.site.listener.drain()
+        # It was sent before the visitor could know: before it answers the ping behind the first GOAWAY.
+        peer = await it.asks()
+        await it.hears()
+        await it.says(it.wire.pongs())
+        assert it.wire.goaways == [(LAST, 0), (1, 0)]
+        assert not it.ended
+        peer.reply(200, b"done")
+        await it.hears()
+        assert (it.wire.body(1), it.transport.eof) == (b"done", True)
+
+
+async def test_a_visitor_that_does_not_answer_the_last_call_is_left_after_two_seconds() -> None:
+    with visit() as it:
+        peer = await it.asks()
+        it.site.listener.drain()
+        await it.hears()
+        began = now()
+        it.connection.expire(began + 1)
+        await it.hears()
+        assert it.wire.goaways == [(LAST, 0)]
+        it.connection.expire(began + 2.1)
+        await it.hears()
+        assert it.wire.goaways == [(LAST, 0), (1, 0)]
+        assert not it.ended
+        peer.reply()
+        await it.hears()
+        assert it.ended
+
+
 async def test_what_waits_for_a_slow_visitor_is_not_destroyed_by_the_end() -> None:
     with visit() as it:
         peer = await it.asks()
         it.site.listener.drain()
         peer.reply(200, b"x" * 1000)
         await it.hears()
+        await it.says(it.wire.pongs())
         it.transport.buffered = 500
         assert it.transport.eof
         it.connection.expire(now() + 10)
@@ -686,21 +726,41 @@ async def test_what_waits_for_a_slow_visitor_is_not_destroyed_by_the_end() -> No
         assert it.transport.aborted
 
 
-async def test_an_idle_connection_is_closed_by_the_drain_and_a_new_one_at_once() -> None:
+async def test_an_idle_connection_is_closed_by_the_drain_as_soon_as_its_visitor_knows() -> None:
     with visit() as it:
         await it.hears()
         it.site.listener.drain()
         await it.hears()
-        assert (it.wire.goaways, it.transport.eof) == ([(0, 0)], True)
-        late = Visit(it.site)
-        await late.hears()
-        assert late.ended
+        assert (it.wire.goaways, it.ended) == ([(LAST, 0)], False)
+        await it.says(it.wire.pongs())
+        assert (it.wire.goaways, it.transport.eof) == ([(LAST, 0), (0, 0)], True)
+
+
+async def test_a_connection_that_comes_while_the_server_stops_may_ask_once() -> None:
+    with edge() as site:
+        site.listener.drain()
+        it = Visit(site)
+        await it.hears()
+        assert (it.wire.goaways, it.ended) == ([], False)
+        peer = await it.asks()
+        assert it.wire.goaways == [(LAST, 0)]
+        await it.says(it.wire.pongs())
+        peer.reply(200, b"once")
+        await it.hears()
+        assert (it.wire.body(1), it.transport.eof) == (b"once", True)
+        silent = Visit(site)
+        await silent.hears()
+        silent.connection.expire(now() + 2.1)
+        await silent.hears()
+        assert silent.ended
 
 
 async def test_late_streams_are_refused_only_so_often() -> None:
     with visit() as it:
         await it.asks()
         it.connection.drain()
+        await it.hears()
+        await it.says(it.wire.pongs())
         for _ in range(1100):
             if not it.connection._closing:
                 it._say(it.wire.get())

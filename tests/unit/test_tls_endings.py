@@ -245,7 +245,7 @@ def test_nobody_waits_for_the_goodbye_of_an_idle_visitor(make: Make, ensured: En
     """A client's pool of connections does not look at them before it needs one: a restart must not wait for that."""
 
     async def work() -> None:
-        async with tls_port(ensured, body_idle_time=0.2) as door:  # looks twenty times a second
+        async with tls_port(ensured, body_idle_time=0.2, idle_time=0.5) as door:  # looks twenty times a second
             made = await asyncio.to_thread(visitor, door)
             with made:
                 await asyncio.to_thread(made.send, GET % 1)

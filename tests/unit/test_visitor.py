@@ -1081,23 +1081,71 @@ async def test_connections_beyond_the_limit_are_told() -> None:
         assert transport.aborted
 
 
-async def test_a_drain_ends_idle_connections_now_and_busy_ones_after_their_answer() -> None:
+async def test_a_drain_lets_each_connection_have_one_more_answer_and_says_that_it_is_the_last() -> None:
     with edge() as site:
-        _, idle = site.connect()
-        busy, transport = site.connect()
+        idle, idle_transport = site.connect()
+        idle.data_received(GET)
+        site.peer.reply()
+        busy, busy_transport = site.connect()
         busy.data_received(GET)
         begun, begun_transport = site.connect()
         begun.data_received(b"GET / HT")
         site.listener.drain()
-        assert idle.closed
-        assert not transport.closed
         site.peer.reply()
-        assert transport.written.endswith(b"connection: close\r\n\r\nok")
-        assert transport.closed
+        assert busy_transport.written.endswith(b"connection: close\r\n\r\nok")
+        assert busy_transport.closed
         begun.data_received(b"TP/1.1\r\nHost: a\r\n\r\n")
         site.peer.reply()
         assert begun_transport.closed
+        assert not idle_transport.closed
+        idle.data_received(GET)  # it was on its way
+        site.peer.reply()
+        assert idle_transport.written.endswith(b"connection: close\r\n\r\nok")
+        assert idle_transport.closed
         assert await site.listener.wait_idle(1.0)
+
+
+async def test_connections_that_stay_idle_are_closed_soon_after_a_drain() -> None:
+    with edge() as site:
+        old, old_transport = site.connect()
+        old.data_received(GET)
+        site.peer.reply()
+        site.listener.drain()
+        new, new_transport = site.connect()
+        now = asyncio.get_running_loop().time()
+        for connection, transport in ((old, old_transport), (new, new_transport)):
+            assert now + 1.5 < connection.deadline <= now + 2.0
+            connection.expire(connection.deadline)
+            assert transport.closed
+
+
+async def test_an_answer_that_promised_more_before_a_drain_is_followed_by_it() -> None:
+    with edge() as site:
+        connection, transport = site.connect()
+        connection.data_received(GET)
+        site.peer.answer(ResponseHead(200, [DATE, (b"content-length", b"2")]))
+        await asyncio.sleep(0)
+        site.listener.drain()
+        site.peer.answer(Data(b"ok"), End())
+        assert b"connection: close" not in transport.written
+        assert not transport.closed
+        connection.data_received(GET)
+        site.peer.reply()
+        assert transport.written.endswith(b"connection: close\r\n\r\nok")
+        assert transport.closed
+
+
+async def test_requests_that_were_pipelined_before_a_drain_are_all_answered() -> None:
+    with edge() as site:
+        connection, transport = site.connect()
+        connection.data_received(3 * GET)
+        site.listener.drain()
+        for _ in range(3):
+            site.peer.reply()
+        assert transport.written.count(b"HTTP/1.1 200 ") == 3
+        assert transport.written.count(b"connection: close") == 1
+        assert transport.written.endswith(b"connection: close\r\n\r\nok")
+        assert transport.closed
 
 
 async def test_a_close_cuts_what_is_left() -> None:
