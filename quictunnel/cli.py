@@ -30,6 +30,7 @@ from quictunnel.options import (
     load_settings,
     nearest,
     option_of,
+    reason,
 )
 from quictunnel.settings import (
     CertsInitSettings,
@@ -78,7 +79,7 @@ def _main(argv: Sequence[str]) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        return _failed(_why(error), 1)
+        return _failed(reason(error), 1)
     except KeyboardInterrupt:
         return INTERRUPTED
     except SystemExit as way_out:  # argparse's, after --help and --version
@@ -88,11 +89,6 @@ def _main(argv: Sequence[str]) -> int:
 def _failed(text: str, status: int) -> int:
     print(f"quictunnel: {log.escape(text)}", file=sys.stderr)
     return status
-
-
-def _why(error: OSError) -> str:
-    reason = error.strerror or str(error)
-    return f"{error.filename}: {reason}" if error.filename else reason
 
 
 # Commands that stay running.

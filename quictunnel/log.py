@@ -15,9 +15,11 @@ of a tenth of a second are formatted and written together:
 """
 
 import asyncio
+import fcntl
 import logging
 import os
 import re
+import select
 import sys
 import time
 import traceback
@@ -63,8 +65,13 @@ def _escaped(found: re.Match[str]) -> str:
 # Set-up.
 
 
-def set_up(level: str = "info", form: Format = "text", file: Path | None = None) -> Callable[[], None]:
+def set_up(
+    level: str = "info", form: Format = "text", file: Path | None = None, *, shared: bool = False
+) -> Callable[[], None]:
     """Log what is at least ``level`` to standard error, or to ``file``: rotated at 50 MiB, readable by its owner only.
+
+    With ``shared`` this process is going to fork others, which log to the same place: lines of one are never mixed with
+    those of another. A file may always have several writers.
 
     Returns what flushes and takes it all down again. Raises OSError if the file cannot be written.
     """
@@ -73,22 +80,11 @@ def set_up(level: str = "info", form: Format = "text", file: Path | None = None)
     logger.configure(patcher=_patch)
     if file is None:
         colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
-        logger.add(
-            sys.stderr, level=level.upper(), format=_format(form, colour=colour), colorize=False, backtrace=False
-        )
+        sink = _WholeLines(sys.stderr.fileno()) if shared else sys.stderr
+        logger.add(sink, level=level.upper(), format=_format(form, colour=colour), colorize=False, backtrace=False)
     else:
         file.parent.mkdir(parents=True, exist_ok=True)
-        logger.add(
-            file,
-            level=level.upper(),
-            format=_format(form, colour=False),
-            rotation=FILE_SIZE,
-            retention=FILES_KEPT,
-            watch=True,
-            opener=_open_private,
-            encoding="utf-8",
-            backtrace=False,
-        )
+        logger.add(_File(file), level=level.upper(), format=_format(form, colour=False), backtrace=False)
     undo = _intercept(level)
 
     def take_down() -> None:
@@ -98,8 +94,86 @@ def set_up(level: str = "info", form: Format = "text", file: Path | None = None)
     return take_down
 
 
-def _open_private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+class _File:
+    """A log file that any number of processes may write, and rotate: workers, and a server that takes over.
+
+    Each write appends whole lines by one system call, and looks first whether the name still means the file that is
+    open. Whoever finds it full renames it under a lock on the file itself; who does not get the lock, or gets it too
+    late, writes on into the file that the name means then.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = -1
+        self._open()
+
+    def write(self, text: str) -> None:
+        data = text.encode("utf-8")
+        if not self._is_current():
+            self._open()
+        size = os.fstat(self._descriptor).st_size
+        if size and size + len(data) > FILE_SIZE:
+            self._rotate()
+        _write_all(self._descriptor, data)
+
+    def stop(self) -> None:
+        """loguru's word for closing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _open(self) -> None:
+        self.stop()
+        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def _is_current(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._descriptor))
+        except FileNotFoundError:
+            return False
+
+    def _rotate(self) -> None:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        if self._is_current():
+            now = time.time()
+            moment = f"{time.strftime('%Y-%m-%d_%H-%M-%S', time.localtime(now))}_{int(now % 1 * 1e6):06d}"
+            self._path.rename(self._path.with_name(f"{self._path.stem}.{moment}{self._path.suffix}"))
+            self._remove_old()
+        self._open()  # and the lock is gone with the descriptor
+
+    def _remove_old(self) -> None:
+        name = re.escape(self._path.stem) + r"\.\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d{6}" + re.escape(self._path.suffix)
+        rotated = sorted(each.name for each in self._path.parent.iterdir() if re.fullmatch(name, each.name))
+        for old in rotated[:-FILES_KEPT]:
+            self._path.with_name(old).unlink(missing_ok=True)
+
+
+class _WholeLines:
+    """A descriptor that several processes write to, a pipe perhaps: what is written at once stays together."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def write(self, text: str) -> None:
+        piece = b""
+        for line in text.encode("utf-8", "backslashreplace").splitlines(keepends=True):
+            if piece and len(piece) + len(line) > select.PIPE_BUF:
+                _write_all(self._descriptor, piece)
+                piece = b""
+            piece += line
+        _write_all(self._descriptor, piece)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        try:
+            data = data[os.write(descriptor, data) :]
+        except BlockingIOError:
+            # Standard error is a terminal or a pipe that somebody else has set to this.
+            select.select([], [descriptor], [])
 
 
 def _patch(record: "Record") -> None:

@@ -32,6 +32,7 @@ __all__ = [
     "load_settings",
     "nearest",
     "option_of",
+    "reason",
 ]
 
 TABLES: Final = ("serve", "connect", "load")
@@ -235,3 +236,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """What the user may have meant, ready to be put behind what was said; empty if nothing is like it."""
     found = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def reason(error: OSError) -> str:
+    """What to tell a user of an error of the operating system."""
+    text = error.strerror or str(error)
+    return f"{error.filename}: {text}" if error.filename else text

@@ -127,6 +127,9 @@ Dial = Annotated[
     Address | None, _optional(lambda value: parse_address(value, DEFAULT_QUIC_PORT)), Option("HOST[:PORT]")
 ]
 Duration = Annotated[float, BeforeValidator(parse_duration), Option("TIME")]
+DurationOrNone = Annotated[
+    float, BeforeValidator(lambda value: 0.0 if str(value) in ("0", "0s") else parse_duration(value)), Option("TIME")
+]
 OptionalDuration = Annotated[float | None, _optional(parse_duration), Option("TIME")]
 Directory = Annotated[Path, BeforeValidator(parse_path), Option("DIR")]
 File = Annotated[Path | None, _optional(parse_path), Option("FILE")]
@@ -212,6 +215,12 @@ class ServeSettings(LogSettings):
         4096, "requests in flight per tunnel"
     )
     slot_wait: Annotated[Duration, LIMITS] = _default("5s", "how long a request may wait for a free stream")
+    hold: Annotated[DurationOrNone, LIMITS] = _default(
+        "3s", "how long a request may wait for a client that was lost to come back; 0s: not at all"
+    )
+    max_held: Annotated[int, _whole(1, 1_000_000), LIMITS, Option("N")] = _default(
+        1024, "requests per tunnel that wait so at a time"
+    )
     window_budget: Annotated[int, _size(0, 2**40), LIMITS, Option("SIZE")] = _default(
         "32MiB", "what all flow-control windows may grow by together"
     )

@@ -120,7 +120,12 @@ def make_server(
             write_idle_time=settings.write_idle,
             connections=settings.max_visitors,
         ),
-        registry=RegistryLimits(in_flight=settings.max_in_flight, slot_wait=settings.slot_wait),
+        registry=RegistryLimits(
+            in_flight=settings.max_in_flight,
+            slot_wait=settings.slot_wait,
+            hold=settings.hold,
+            held=settings.max_held,
+        ),
     )
     try:
         return Server(config, engine, tokens, access)

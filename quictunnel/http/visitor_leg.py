@@ -10,6 +10,7 @@ Who does what, in order:
 4. The answer's End, a cut or the visitor's leaving ends the exchange; ``on_done(leg)`` is called once.
 """
 
+from collections.abc import Callable
 from typing import Any, Final
 
 from quictunnel.exchange import Leg
@@ -29,6 +30,7 @@ class VisitorLeg(Leg):
         "_framing",
         "_left",
         "_request_ended",
+        "amend",
         "bytes_in",
         "bytes_out",
         "client_address",
@@ -68,6 +70,8 @@ class VisitorLeg(Leg):
     session: Any
     request_id: str
     "three places for whoever opens the exchange"
+    amend: "Callable[[VisitorLeg, ResponseHead], ResponseHead] | None"
+    "what whoever opens the exchange makes of the final answer's head"
     version: bytes
     "of the visitor's HTTP, ``1.0``, ``1.1`` or ``2.0``"
     keep_alive: bool
@@ -87,6 +91,7 @@ class VisitorLeg(Leg):
         self.error = None
         self.tunnel = self.session = None
         self.request_id = ""
+        self.amend = None
         self.version = b"1.1"
         self.keep_alive = False
         self.over = False
@@ -123,6 +128,8 @@ class VisitorLeg(Leg):
         elif kind is ResponseHead:
             if self.status:
                 self._broken("a second head")
+            elif self.amend is not None and (frame.status >= 200 or frame.status == 101):  # type: ignore[union-attr]
+                self._send_head(self.amend(self, frame))  # type: ignore[arg-type]
             else:
                 self._send_head(frame)  # type: ignore[arg-type]
 

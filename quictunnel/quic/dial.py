@@ -2,13 +2,13 @@
 
 import asyncio
 import socket
-from typing import Any, cast
+from typing import Any
 
 from loguru import logger
 
 from quictunnel.quic.engine import ClientTrust, Engine
 from quictunnel.quic.link import Link, LinkClosed, LinkOwner
-from quictunnel.quic.sockets import DATAGRAM_SIZE, enlarge_buffers
+from quictunnel.quic.sockets import DATAGRAM_SIZE, DatagramSocket, enlarge_buffers
 from quictunnel.wire.credit import WindowBudget
 from quictunnel.wire.errors import ErrorCode
 
@@ -27,37 +27,28 @@ class DialError(Exception):
         super().__init__(text)
 
 
-class _Dialled(asyncio.DatagramProtocol):
+class _Dialled:
     """Between a connected UDP socket and its link."""
 
-    def __init__(self, address: Any) -> None:
+    def __init__(self, sock: socket.socket, address: Any) -> None:
         self.address = address
         self.link: Link | None = None
-        self.transport: asyncio.DatagramTransport | None = None
+        self.socket = DatagramSocket(sock, self._received, self._failed)
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.DatagramTransport, transport)
-
-    def datagram_received(self, data: bytes, addr: Any) -> None:
+    def _received(self, data: bytes, address: Any) -> None:
         if self.link is not None:
             self.link.datagram_received(data, self.address)
 
-    def error_received(self, exc: Exception) -> None:
+    def _failed(self, error: OSError) -> None:
         # ICMP says that nobody listens there: a hint that comes long before any time-out. It may be forged, so it
         # only makes suspect.
-        logger.debug("= QUIC socket to {}: {!r}", self.address, exc)
-        if self.link is not None and isinstance(exc, ConnectionRefusedError):
+        logger.debug("= QUIC socket to {}: {!r}", self.address, error)
+        if self.link is not None and isinstance(error, ConnectionRefusedError):
             self.link.refused = True
             self.link.owner.link_refused(self.link)
 
-    def send(self, data: bytes, address: Any) -> None:
-        transport = self.transport
-        if transport is not None and not transport.is_closing():
-            transport.sendto(data)
-
     def terminated(self, link: Link) -> None:
-        if self.transport is not None:
-            self.transport.close()
+        self.socket.close()
 
 
 class _Waiter(LinkOwner):
@@ -120,17 +111,16 @@ async def _dial_address(
     place = f"{address[0]}:{address[1]}"
     sock = socket.socket(family, socket.SOCK_DGRAM)
     try:
-        sock.setblocking(False)
         enlarge_buffers(sock)
         sock.connect(address)
     except OSError as error:
         sock.close()
         raise DialError(f"cannot send to {place}: {error.strerror or error}") from None
-    _, protocol = await loop.create_datagram_endpoint(lambda: _Dialled(address), sock=sock)
+    dialled = _Dialled(sock, address)
     done: asyncio.Future[None] = loop.create_future()
-    link = Link(engine, engine.dial(trust, DATAGRAM_SIZE), protocol.send, _Waiter(done), budget, is_client=True)
-    link.on_terminated = protocol.terminated
-    protocol.link = link
+    link = Link(engine, engine.dial(trust, DATAGRAM_SIZE), dialled.socket.send, _Waiter(done), budget, is_client=True)
+    link.on_terminated = dialled.terminated
+    dialled.link = link
     try:
         link.connect(address)
         async with asyncio.timeout(timeout):

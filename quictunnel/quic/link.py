@@ -138,10 +138,13 @@ class Link:
         # most as many as the peer may have open.
         self._deaf: set[int] = set()
         self._stalled: dict[StreamLeg, float] = {}  # those that wait for credit, since when
-        self._opened = 0
+        self.opened = 0  # streams of ours, ever
         self._allowed = 0  # how many the peer allows, as far as we last looked
         self._starved = False  # it allowed no more when we did
         self.active = 0  # slots of ours in use
+        self.sent = 0  # datagrams, ever
+        self.refused_from: int | None = None  # the first of them that the peer's host says it has no taker for
+        self.answered_at = self._loop.time()  # when the way of requests was last seen to be open
         self.ready = False
         self.draining = False  # no new exchange may start on it
         self.closed: LinkClosed | None = None
@@ -178,6 +181,10 @@ class Link:
         """How many exchanges are under way."""
         return len(self._legs)
 
+    def legs(self) -> list[StreamLeg]:
+        """Those that are under way."""
+        return list(self._legs.values())
+
     def silent_for(self) -> float:
         """Seconds since the peer was heard; endless when its host says that nobody listens."""
         return inf if self.refused else self._loop.time() - self.heard_at
@@ -197,12 +204,12 @@ class Link:
             and self.ready
             and not self.draining
             and self.closed is None
-            and (self._opened < self._allowed or self._may_open())
+            and (self.opened < self._allowed or self._may_open())
         )
 
     def _may_open(self) -> bool:
         self._allowed = self.engine.streams_allowed(self._connection)
-        if self._opened < self._allowed:
+        if self.opened < self._allowed:
             return True
         if not self._starved:
             self._starved = True
@@ -212,7 +219,7 @@ class Link:
     def attach(self, leg: StreamLeg) -> None:
         """Give one of our slots to ``leg``; its stream is opened by the first flush that has bytes for it."""
         self.active += 1
-        self._opened += 1
+        self.opened += 1
         leg.attached(self)
 
     def send_control(self, message: ControlMessage) -> None:
@@ -311,7 +318,7 @@ class Link:
         else:
             self.active -= 1
             if leg.stream_id < 0:
-                self._opened -= 1  # it ended before its stream was opened
+                self.opened -= 1  # it ended before its stream was opened
             self.owner.link_slot_free(self, leg)
 
     def _turn_ended(self) -> None:
@@ -344,6 +351,7 @@ class Link:
     def _transmit(self, now: float) -> None:
         send = self._send
         for data, address in self._connection.datagrams_to_send(now=now):
+            self.sent += 1
             send(data, address)
 
     def _flush_control(self) -> None:
@@ -404,7 +412,7 @@ class Link:
             if self.engine.sends_before_events and self.ready:
                 self._transmit(now)
             self._events()
-            if self._starved and self._opened < self.engine.streams_allowed(self._connection):
+            if self._starved and self.opened < self.engine.streams_allowed(self._connection):
                 self._starved = False
                 self.owner.link_slots_allowed(self)
         except Exception as error:

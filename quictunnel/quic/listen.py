@@ -3,7 +3,7 @@
 import asyncio
 import os
 import socket
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from loguru import logger
 
@@ -16,7 +16,7 @@ from quictunnel.quic.first_packets import (
     version_negotiation_packet,
 )
 from quictunnel.quic.link import Link, LinkClosed, LinkOwner
-from quictunnel.quic.sockets import DATAGRAM_SIZE, enlarge_buffers
+from quictunnel.quic.sockets import DATAGRAM_SIZE, DatagramSocket, enlarge_buffers
 from quictunnel.wire.credit import WindowBudget
 from quictunnel.wire.errors import ErrorCode
 
@@ -39,7 +39,7 @@ HANDSHAKE_TIME: Final = 10.0
 "seconds that a handshake and the hello after it may take"
 
 
-class LinkListener(asyncio.DatagramProtocol):
+class LinkListener:
     """Accepts links on one UDP socket."""
 
     def __init__(
@@ -61,30 +61,41 @@ class LinkListener(asyncio.DatagramProtocol):
         self._tokens = RetryTokens()
         self._configuration = engine.server_configuration(identity, DATAGRAM_SIZE)
         self._loop = asyncio.get_running_loop()
-        self._transport: asyncio.DatagramTransport | None = None
+        self._socket: DatagramSocket | None = None
         self._links: dict[bytes, Link] = {}  # by each connection id
         self._ids: dict[Link, set[bytes]] = {}
         self._half_open: dict[Link, float] = {}  # since when
         self._sweeper: asyncio.TimerHandle | None = None
 
-    async def start(self, host: str, port: int, *, reuse_port: bool = False) -> tuple[str, int]:
-        """Bind; returns the address bound. Raises OSError."""
+    async def start(
+        self, host: str, port: int, *, reuse_port: bool = False, sock: socket.socket | None = None
+    ) -> tuple[str, int]:
+        """Bind, or take over ``sock``, which is bound already; returns the address bound. Raises OSError."""
+        if sock is None:
+            sock = await self._bind(host, port, reuse_port)
+        enlarge_buffers(sock)
+        self._socket = DatagramSocket(sock, self.datagram_received, self._failed)
+        self._sweep()
+        bound = sock.getsockname()
+        return bound[0], bound[1]
+
+    async def _bind(self, host: str, port: int, reuse_port: bool) -> socket.socket:
         found = await self._loop.getaddrinfo(host, port, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]
         sock = socket.socket(family, socket.SOCK_DGRAM)
         try:
-            sock.setblocking(False)
             if reuse_port:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            enlarge_buffers(sock)
             sock.bind(address)
         except BaseException:
             sock.close()
             raise
-        await self._loop.create_datagram_endpoint(lambda: self, sock=sock)
-        self._sweep()
-        bound = sock.getsockname()
-        return bound[0], bound[1]
+        return sock
+
+    @property
+    def socket(self) -> DatagramSocket | None:
+        """Where datagrams come and go; None before the start."""
+        return self._socket
 
     @property
     def links(self) -> list[Link]:
@@ -102,29 +113,27 @@ class LinkListener(asyncio.DatagramProtocol):
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
-        if self._transport is not None:
-            self._transport.close()
+        if self._socket is not None:
+            self._socket.close()
         for link in self.links:
             link.abandon(link.closed)  # type: ignore[arg-type]
 
-    # asyncio
+    # What the socket tells
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.DatagramTransport, transport)
+    def _failed(self, error: OSError) -> None:
+        logger.debug("= QUIC socket: {!r}", error)
 
-    def error_received(self, exc: Exception) -> None:
-        logger.debug("= QUIC socket: {!r}", exc)
-
-    def datagram_received(self, data: bytes, addr: Any) -> None:
+    def datagram_received(self, data: bytes, address: Any) -> None:
+        """Take a datagram from anyone."""
         if not data:
             return
         if data[0] & 0x80:
-            self._long_header(data, addr)
+            self._long_header(data, address)
             return
         # A short header is its connection id's place (RFC 9000 section 17.3.1); this is every packet but the first few.
         link = self._links.get(data[1 : 1 + CONNECTION_ID_LENGTH])
         if link is not None:
-            link.datagram_received(data, addr)
+            link.datagram_received(data, address)
 
     # A client's first packets
 
@@ -146,6 +155,7 @@ class LinkListener(asyncio.DatagramProtocol):
             self._first_initial(data, header, address)
 
     def _first_initial(self, data: bytes, header: InitialHeader, address: Any) -> None:
+        assert self._socket is not None
         now = self._loop.time()
         original_cid, retry_cid = header.destination_cid, None
         if not header.token and self._must_prove_address():
@@ -164,7 +174,7 @@ class LinkListener(asyncio.DatagramProtocol):
         link = Link(
             self.engine,
             self.engine.accept(self._configuration, original_cid, retry_cid),
-            self._send,
+            self._socket.send,
             self.owner,
             self.budget,
             is_client=False,
@@ -222,6 +232,5 @@ class LinkListener(asyncio.DatagramProtocol):
         self._half_open.pop(link, None)
 
     def _send(self, data: bytes, address: Any) -> None:
-        transport = self._transport
-        if transport is not None and not transport.is_closing():
-            transport.sendto(data, address)
+        if self._socket is not None:
+            self._socket.send(data, address)

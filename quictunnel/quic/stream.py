@@ -41,12 +41,13 @@ class StreamLeg(Leg):
         "_peer_paused",
         "_receive_credit",
         "_send_credit",
-        "context",
         "ended",
+        "first_sent",
         "link",
         "may_receive",
         "may_send",
         "stream_id",
+        "written",
     )
 
     def __init__(self, budget: WindowBudget, head_limit: int, *, is_opener: bool) -> None:
@@ -54,7 +55,7 @@ class StreamLeg(Leg):
         # for as long as the exchange lives
         self.link: Link | None = None
         self.stream_id = -1
-        self.context: object = None  # its maker's
+        self.first_sent = -1  # the link's count of datagrams when the stream was opened
         self._is_opener = is_opener
         self._decoder = StreamDecoder(is_request=not is_opener, head_limit=head_limit)
         self._budget = budget
@@ -67,6 +68,7 @@ class StreamLeg(Leg):
         self._held: deque[Data | End] = deque()  # what waits for credit
         self._fin = False
         self._dirty = False
+        self.written = 0  # bytes handed to the library
         self.may_send = True
         self._peer_paused = False
 
@@ -134,8 +136,10 @@ class StreamLeg(Leg):
         data = self._out[0] if len(self._out) == 1 else b"".join(self._out)
         self._out.clear()
         fin, self._fin = self._fin, False
+        self.written += len(data)
         if self.stream_id < 0:
             assert self.link is not None
+            self.first_sent = self.link.sent
             self.stream_id = self.link.open_stream(self)
             connection.send_stream_data(self.stream_id, data, fin)
             return
@@ -308,11 +312,18 @@ class StreamLeg(Leg):
         if not self.ended:
             peer = self.peer
             self._end()
-            peer.abort(TunnelError(ErrorCode.CONNECTION_TERMINATED, "the connection to the tunnel's client was lost"))
+            self._tell(
+                peer,
+                TunnelError(ErrorCode.CONNECTION_TERMINATED, "the connection to the tunnel's client was lost"),
+            )
 
     def _fail(self, error: TunnelError) -> None:
         peer = self.peer
         self.abort(error)
+        self._tell(peer, error)
+
+    def _tell(self, peer: Leg, error: TunnelError) -> None:
+        """This leg has failed and let go of ``peer``."""
         peer.abort(error)
 
     def _finish(self) -> None:

@@ -1,22 +1,32 @@
-"""ProxyEntry: where a visitor's request becomes an exchange. Limit, route, choose, join; the rest is the two legs'."""
+"""ProxyEntry: where a visitor's request becomes an exchange. Limit, route, choose, join; the rest is the two legs'.
 
+When a client fails a request, it comes back here and is joined anew, if that is safe: see ``request_leg``.
+"""
+
+import re
 import secrets
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Final, cast
 
-from quictunnel.exchange import join
+from loguru import logger
+
+from quictunnel.exchange import Leg, join
 from quictunnel.http.visitor import VisitorLeg
 from quictunnel.log import AccessLog
 from quictunnel.quic.link import HEAD_LIMIT
-from quictunnel.quic.stream import StreamLeg
-from quictunnel.server.registry import Registry, Tunnel
+from quictunnel.server.registry import Registry, Session, Tunnel
+from quictunnel.server.request_leg import NO_BACKEND, RequestLeg
 from quictunnel.wire.control import CONNECT_CAPABILITY
 from quictunnel.wire.credit import WindowBudget
 from quictunnel.wire.errors import ErrorCode, TunnelError
-from quictunnel.wire.frames import RequestHead
+from quictunnel.wire.frames import RequestHead, ResponseHead
 from quictunnel.wire.names import normalise_host, normalise_tunnel_name
 
 __all__ = ["ProxyEntry"]
+
+_COOKIE: Final = b"quictunnel-session"
+_COOKIE_VALUE: Final = re.compile(rb"(?:^|;)[ \t]*quictunnel-session=([0-9a-f]{16})[ \t]*(?:;|$)")
 
 
 class ProxyEntry:
@@ -51,13 +61,75 @@ class ProxyEntry:
             tunnel = self._route(head, visitor.tunnel_header)
             if head.method == b"CONNECT" and not tunnel.offers(CONNECT_CAPABILITY):
                 raise TunnelError(ErrorCode.NOT_IMPLEMENTED, "CONNECT is not offered here.")
-            leg = StreamLeg(self._budget, HEAD_LIMIT, is_opener=True)
+            leg = RequestLeg(self._budget, HEAD_LIMIT, self._again)
+            if tunnel.sticky:
+                self._stick(tunnel, head, visitor, leg)
             self._registry.dispatch(tunnel, leg, self._clock())
         except TunnelError as error:
             visitor.abort(error)
             return
         visitor.tunnel = tunnel
         join(visitor, leg)
+
+    # What a client fails
+
+    def _again(self, leg: RequestLeg, peer: Leg, error: TunnelError) -> bool:
+        """Give a request that failed before its answer to another link or session, if that is safe; whether it was."""
+        visitor = cast(VisitorLeg, peer)
+        tunnel: Tunnel = visitor.tunnel
+        session, now = leg.session, self._clock()
+        tried, may_wait = leg.tried, False
+        if error.code in NO_BACKEND:
+            if session is not None:
+                session.fails(now)
+                tried |= {session}
+        elif error.code == ErrorCode.NOT_ACCEPTED:
+            may_wait = True
+            if session is not None:
+                tried |= {session}
+        elif error.code != ErrorCode.CONNECTION_TERMINATED or not (leg.unreached or leg.is_idempotent):
+            return False
+        elif leg.lost:
+            may_wait = True  # for its client to come back
+        elif session is not None:
+            tried |= {session}  # its backend, or what is before it, ended the connection
+        other = RequestLeg(self._budget, HEAD_LIMIT, self._again)
+        other.tried, other.failure = tried, error
+        if not (may_wait or tunnel.choose_session(now, other)):
+            return False
+        join(visitor, other)
+        leg.repeat_on(other)
+        if other.peer is visitor and not self._registry.dispatch_again(tunnel, other, now, may_wait=may_wait):
+            other.detach()
+            return False
+        logger.debug("= request {} goes to another link: {}", visitor.request_id, error)
+        return True
+
+    # Who belongs to whom
+
+    def _stick(self, tunnel: Tunnel, head: RequestHead, visitor: VisitorLeg, leg: RequestLeg) -> None:
+        if tunnel.sticky == "ip":
+            leg.prefers = tunnel.session_of_address(visitor.client_address)
+            return
+        key = ""
+        for name, value in head.fields:
+            if name == b"cookie" and (found := _COOKIE_VALUE.search(value)):
+                key = found[1].decode("ascii")
+        leg.prefers = tunnel.session_of_key(key) if key else None
+        visitor.amend = self._tell_cookie
+
+    @staticmethod
+    def _tell_cookie(visitor: VisitorLeg, head: ResponseHead) -> ResponseHead:
+        """The answer with a cookie, where the session is not the one that the visitor brought the cookie of."""
+        leg = cast(RequestLeg, visitor.peer)
+        session: Session | None = leg.session
+        if session is None or session is leg.prefers or visitor.head is None:
+            return head
+        secure = b"; Secure" if visitor.head.scheme == b"https" else b""
+        cookie = b"%b=%b; Path=/; HttpOnly; SameSite=Lax%b" % (_COOKIE, session.key.encode("ascii"), secure)
+        return head._replace(fields=[*head.fields, (b"set-cookie", cookie)])
+
+    # The end
 
     def exchange_done(self, visitor: VisitorLeg) -> None:
         """The exchange is over for its visitor."""

@@ -10,13 +10,16 @@ from typing import Final
 from loguru import logger
 
 from quictunnel import __version__
+from quictunnel.log import escape
 from quictunnel.quic.link import Link, LinkClosed, LinkOwner
 from quictunnel.quic.stream import StreamLeg
 from quictunnel.server.registry import Registry, Session, Tunnel
 from quictunnel.trust.files import TrustError
 from quictunnel.trust.tokens import Grant, TokenRefused, TokenStore
 from quictunnel.wire.control import (
+    STICKY,
     VERSION,
+    WEIGHT_LIMIT,
     Authority,
     ControlMessage,
     Drain,
@@ -76,23 +79,29 @@ class Gate(LinkOwner):
                 self._show_authority(link)
             case Drain():
                 self._drain(link)
-            case Welcome() | Refuse() | Grow() | Drained() | Health() | Unknown():
+            case Health():
+                self._health(link, message)
+            case Welcome() | Refuse() | Grow() | Drained() | Unknown():
                 logger.debug("< {!r}: unexpected {}", link, message.type)
 
     def link_slot_free(self, link: Link, leg: StreamLeg) -> None:
         if link.session is not None:
-            self._registry.slot_freed(link.session, link)
+            self._registry.slot_freed(link.session, link, self._loop.time())
 
     def link_slots_allowed(self, link: Link) -> None:
         if link.session is not None:
-            self._registry.serve_waiting(link.session.tunnel)
+            self._registry.slots_allowed(link.session, self._loop.time())
+
+    def link_refused(self, link: Link) -> None:
+        if link.session is not None:
+            self._registry.refused(link)
 
     def link_closed(self, link: Link, why: LinkClosed) -> None:
         self._asked.discard(link)
         closer = self._refused.pop(link, None)
         if closer is not None:
             closer.cancel()
-        session = self._registry.unregister(link)
+        session = self._registry.unregister(link, self._loop.time())
         if session is not None:
             seconds = self._loop.time() - session.since
             logger.info(
@@ -132,6 +141,8 @@ class Gate(LinkOwner):
             self._refuse(link, Refuse("limit", error.details, final=False, retry_after=5.0))
             return
         session.capabilities = frozenset(hello.capabilities)
+        session.weight = hello.weight
+        session.tunnel.sticky = hello.sticky if hello.sticky in STICKY else ""
         self.on_accepted(link)
         urls = self._public_urls(name)
         link.send_control(Welcome(name, urls, self._registry.limits.max_links, f"quictunnel/{__version__}"))
@@ -140,7 +151,7 @@ class Gate(LinkOwner):
                 "session {} serves tunnel {} from {} by token {} ({})",
                 session.number, name, _place(link), grant.token_id, session.agent or "unnamed client",
             )  # fmt: skip
-        self._registry.serve_waiting(session.tunnel)
+        self._registry.slots_allowed(session, self._loop.time())
 
     def _admit(self, hello: Hello) -> Grant:
         """What the client may serve. Raises _Refused."""
@@ -152,6 +163,8 @@ class Gate(LinkOwner):
             )
         if not 16 <= len(hello.session) <= _SESSION_ID_LIMIT:
             raise _Refused("protocol", "a session id has 16 to 128 characters")
+        if not 1 <= hello.weight <= WEIGHT_LIMIT:
+            raise _Refused("protocol", f"a session's weight is 1 to {WEIGHT_LIMIT}")
         if hello.link >= self._registry.limits.max_links:
             raise _Refused("limit", f"a session has at most {self._registry.limits.max_links} links", retry_after=60.0)
         now = self._now()
@@ -195,8 +208,26 @@ class Gate(LinkOwner):
     def _drain(self, link: Link) -> None:
         session: Session | None = link.session
         link.draining = True
+        # What has been given a slot opens its stream first: the client counts on every stream being in the number.
+        link.flush()
+        link.send_control(Drained(link.opened))
         if session is not None:
+            session.tunnel.sessions_changed()
             logger.info("session {} of tunnel {}: the client drains a link", session.number, session.tunnel.name)
+
+    def _health(self, link: Link, health: Health) -> None:
+        session: Session | None = link.session
+        if session is None:
+            return
+        text = escape(health.text[:_SHOWN])
+        if session.healthy != health.healthy:
+            logger.warning(
+                "session {} of tunnel {}: its backend is {}",
+                session.number, session.tunnel.name, "well again" if health.healthy else f"unhealthy: {text}",
+            )  # fmt: skip
+        self._registry.health(session, health.healthy, text)
+        if health.healthy:
+            self._registry.slots_allowed(session, self._loop.time())
 
     def recheck_tokens(self) -> None:
         """End the sessions whose token is not good any more; called every second."""
@@ -219,7 +250,7 @@ class Gate(LinkOwner):
 
     def _end_session(self, session: Session, message: Refuse) -> None:
         logger.warning("session {} of tunnel {} is ended: {}", session.number, session.tunnel.name, message.text)
-        session.tunnel.sessions.pop(session.id, None)
+        self._registry.end(session, self._loop.time())
         for link in [*session.links.values(), *session.lingering]:
             link.draining = True
             self._refuse(link, message)

@@ -1,12 +1,20 @@
-"""The tunnels of a server, the sessions that serve them, and how one session and one link are chosen for a request."""
+"""The tunnels of a server, the sessions that serve them, and how one session and one link are chosen for a request.
 
+A request that finds no slot waits in its tunnel's queue: for a slot, or for a client to come back. What becomes of one
+whose client is lost is ``request_leg``'s affair; it comes here again for another place.
+"""
+
+import hashlib
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from loguru import logger
+
 from quictunnel.quic.link import SLOTS, SUSPECT_AFTER, Link
-from quictunnel.quic.stream import StreamLeg
+from quictunnel.server.balance import Balance, rendezvous
+from quictunnel.server.request_leg import RequestLeg
 from quictunnel.trust.tokens import Grant
 from quictunnel.wire.control import Grow
 from quictunnel.wire.errors import ErrorCode, TunnelError
@@ -16,6 +24,19 @@ __all__ = ["Registry", "RegistryLimits", "Session", "Tunnel"]
 # A link is asked for when those there are hold so many exchanges each: half of the slots are left for a burst to fall
 # into while the new link shakes hands.
 _STREAMS_PER_LINK: Final = SLOTS // 2
+
+# A session whose backend could not be connected to so many times in a row is put aside: for the first time so long,
+# then twice as long each time, at most so long. In seconds.
+_FAILURES: Final = 3
+_ASIDE_FIRST: Final = 1.0
+_ASIDE_LONGEST: Final = 30.0
+
+# A tunnel that has been without a client for longer will not have one again any moment: its visitors need not wait.
+_HELD_FOR: Final = 30.0
+"seconds"
+
+# Visitors whose session by address is remembered, per tunnel.
+_ADDRESSES: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +49,17 @@ class RegistryLimits:
     slot_wait: float = 5.0
     "seconds a request waits for a stream slot"
 
+    hold: float = 3.0
+    "seconds a request waits for a client to come back"
+
+    held: int = 1024
+    "requests of one tunnel that may wait so at a time"
+
     max_links: int = 64
     "links of one session"
 
-    sessions: int = 256
-    "sessions of one tunnel: each request looks at all of them"
+    sessions: int = 1024
+    "sessions of one tunnel"
 
     tunnels: int = 100_000
     "names remembered"
@@ -42,22 +69,33 @@ class Session:
     """One running client registered for a tunnel."""
 
     __slots__ = (
+        "_aside_for",
         "agent",
+        "aside_until",
         "capabilities",
+        "failures",
         "grant",
+        "health_text",
+        "healthy",
         "id",
         "in_flight",
+        "key",
         "lingering",
         "links",
         "number",
         "peak",
+        "place",
+        "served",
         "since",
         "tunnel",
         "wanted_links",
+        "weight",
     )
 
     def __init__(self, session_id: str, number: int, tunnel: "Tunnel", grant: Grant, agent: str, since: float) -> None:
         self.id = session_id
+        # What visitors may know it by: the same at each of a server's processes, and no way back to the id.
+        self.key = hashlib.sha256(b"sticky " + session_id.encode()).hexdigest()[:16]
         self.number = number  # for logs: the id is the client's secret
         self.tunnel = tunnel
         self.grant = grant
@@ -66,12 +104,43 @@ class Session:
         self.since = since
         self.links: dict[int, Link] = {}
         self.lingering: set[Link] = set()  # replaced or retired, their exchanges still count
+        self.weight = 1
         self.in_flight = 0
+        self.served = 0  # exchanges, ever
+        self.place = 0  # the balance's
         self.peak = 0  # of in_flight, since the last look
         self.wanted_links = 1
 
+        # what its backend is like
+        self.healthy = True  # by its client's checks
+        self.health_text = ""
+        self.failures = 0  # to connect to it, in a row
+        self.aside_until = 0.0  # it is not chosen until then, on the loop's clock
+        self._aside_for = 0.0
+
     def __repr__(self) -> str:
         return f"<Session {self.number} of {self.tunnel.name} links={len(self.links)} in_flight={self.in_flight}>"
+
+    def fails(self, now: float) -> None:
+        """Its client could not connect to the backend once more."""
+        self.failures += 1
+        # The only one there is stays in its place: a true error is better than none.
+        if self.failures >= _FAILURES and self.aside_until <= now and len(self.tunnel.sessions) > 1:
+            self._aside_for = min(2 * self._aside_for or _ASIDE_FIRST, _ASIDE_LONGEST)
+            self.aside_until = now + self._aside_for
+            logger.warning(
+                "session {} of {} is put aside for {:g} s: its backend could not be connected to, {} times in a row",
+                self.number, self.tunnel.name, self._aside_for, self.failures,
+            )  # fmt: skip
+
+    def works(self) -> None:
+        """Its backend has answered again."""
+        self.failures = 0
+        self.aside_until = self._aside_for = 0.0
+
+    def may_serve(self, now: float) -> bool:
+        """Whether its backend is believed to be there."""
+        return self.healthy and self.aside_until <= now
 
     def choose_link(self) -> Link | None:
         """The link with the most room of those that were heard lately; None when no slot is free.
@@ -136,27 +205,108 @@ def _most_room(links: Iterable[Link]) -> Link | None:
 class Tunnel:
     """A public name, and who serves it."""
 
-    __slots__ = ("in_flight", "name", "owner", "sessions", "waiting")
+    __slots__ = (
+        "_by_address",
+        "_by_key",
+        "balance",
+        "in_flight",
+        "lost_at",
+        "name",
+        "owner",
+        "sessions",
+        "sticky",
+        "waiting",
+    )
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, lost_at: float | None = None) -> None:
         self.name = name
         self.owner: Grant | None = None  # whose name it is, from its first registration on
         self.sessions: dict[str, Session] = {}
+        self.balance: Balance[Session] = Balance()
+        self.lost_at = lost_at  # since when it has no session, on the loop's clock; None while it has one
+        self.sticky = ""  # how visitors are kept together: see wire.control.STICKY
         self.in_flight = 0
-        self.waiting: deque[tuple[float, StreamLeg]] = deque()  # (until when, who), in order
+        self.waiting: deque[tuple[float, RequestLeg]] = deque()  # (until when, who), in order
+        self._by_key: dict[str, Session] = {}
+        self._by_address: dict[str, Session] = {}  # whose visitors they are, as long as no session changes
 
     def __repr__(self) -> str:
         return f"<Tunnel {self.name} sessions={len(self.sessions)} in_flight={self.in_flight}>"
 
-    def choose_session(self) -> tuple[Session, Link] | None:
-        """The session with the fewest exchanges in flight that has a free slot."""
-        best: tuple[Session, Link] | None = None
-        for session in self.sessions.values():
-            if best is None or session.in_flight < best[0].in_flight:
+    def choose_session(self, now: float, leg: RequestLeg | None = None) -> tuple[Session, Link] | None:
+        """The session with the least load for its weight that can take one more, or the one that ``leg`` prefers.
+
+        Sessions that ``leg`` has been to, or that are not believed to have a backend, are passed over; if none is left
+        because each is put aside, one of those is tried.
+        """
+        tried = leg.tried if leg is not None else frozenset()
+        if leg is not None and leg.prefers is not None:
+            session = leg.prefers
+            if self.sessions.get(session.id) is session and session not in tried and session.may_serve(now):
                 link = session.choose_link()
                 if link is not None:
-                    best = session, link
-        return best
+                    return session, link
+        if len(self.sessions) == 1 and not tried:
+            # The usual case needs no order.
+            for session in self.sessions.values():
+                link = session.choose_link() if session.healthy else None
+                return None if link is None else (session, link)
+        return self._least_loaded(now, tried) or self._put_aside(now, tried)
+
+    def _least_loaded(self, now: float, tried: frozenset[Session]) -> tuple[Session, Link] | None:
+        balance = self.balance
+        passed = []
+        try:
+            while (session := balance.first()) is not None:
+                if session in tried:
+                    balance.park(session)
+                    passed.append(session)
+                    continue
+                link = session.choose_link() if session.may_serve(now) else None
+                if link is not None:
+                    return session, link
+                balance.park(session)
+            return None
+        finally:
+            for session in passed:
+                balance.offer(session)
+
+    def _put_aside(self, now: float, tried: frozenset[Session]) -> tuple[Session, Link] | None:
+        aside = [each for each in self.balance.parked if each.healthy and each.aside_until > now and each not in tried]
+        for session in sorted(aside, key=lambda each: each.aside_until):
+            link = session.choose_link()
+            if link is not None:
+                return session, link
+        return None
+
+    def session_of_key(self, key: str) -> Session | None:
+        """The session that visitors know by ``key``."""
+        return self._by_key.get(key)
+
+    def session_of_address(self, address: str) -> Session | None:
+        """The session that the visitor from ``address`` belongs to as long as the same ones are there and healthy."""
+        session = self._by_address.get(address)
+        if session is None:
+            fit = [(each.key, each.weight) for each in self.sessions.values() if each.healthy and not each.is_leaving()]
+            key = rendezvous(address, fit)
+            if key is None:
+                return None
+            if len(self._by_address) >= _ADDRESSES:
+                self._by_address.clear()
+            session = self._by_address[address] = self._by_key[key]
+        return session
+
+    def changed(self, session: Session) -> None:
+        """The load of ``session`` has changed, or what it can take."""
+        if len(self.sessions) > 1:
+            self.balance.offer(session)
+
+    def sessions_changed(self) -> None:
+        """A session has come, gone, or changed in what it is chosen by."""
+        self._by_address.clear()
+        self._by_key = {session.key: session for session in self.sessions.values()}
+        for session in self.sessions.values():
+            self.changed(session)
 
     def offers(self, capability: str) -> bool:
         """Whether each of its clients does what the word stands for, so that any of them may be chosen."""
@@ -165,6 +315,19 @@ class Tunnel:
     def is_served(self) -> bool:
         """Whether a client is there that was heard lately."""
         return any(not session.is_suspect() for session in self.sessions.values())
+
+    def is_left(self) -> bool:
+        """Whether nobody is there who takes anything new."""
+        return all(session.is_leaving() for session in self.sessions.values())
+
+    def is_unwell(self) -> str:
+        """What its clients say if none has a healthy backend; empty otherwise."""
+        text = ""
+        for session in self.sessions.values():
+            if session.healthy:
+                return ""
+            text = session.health_text or "unhealthy"
+        return text
 
 
 class Registry:
@@ -175,6 +338,7 @@ class Registry:
         self.tunnels: dict[str, Tunnel] = {}
         self._sessions = 0
         self._waiting: set[Tunnel] = set()
+        self._parked: set[Tunnel] = set()  # those with sessions that nobody else will offer again
 
     def tunnel(self, name: str) -> Tunnel | None:
         """The tunnel of that name, if it was ever registered here."""
@@ -199,7 +363,7 @@ class Registry:
         if tunnel is None:
             if len(self.tunnels) >= self.limits.tunnels:
                 self._forget_one()
-            tunnel = self.tunnels[name] = Tunnel(name)
+            tunnel = self.tunnels[name] = Tunnel(name, now)
         session = tunnel.sessions.get(session_id)
         if session is None and len(tunnel.sessions) >= self.limits.sessions:
             raise TunnelError(ErrorCode.CONNECTION_LIMIT_REACHED, "the tunnel has as many sessions as it may")
@@ -208,9 +372,12 @@ class Registry:
             self._sessions += 1
             session = Session(session_id, self._sessions, tunnel, grant, agent, now)
             tunnel.sessions[session_id] = session
+            tunnel.lost_at = None
+            tunnel.sessions_changed()
         replaced = session.links.get(index)
         session.links[index] = link
         link.session = session
+        tunnel.changed(session)
         if replaced is not None:
             # Only now: a session whose last link is closed is over.
             replaced.draining = True
@@ -218,7 +385,7 @@ class Registry:
             session.close_if_done(replaced)
         return session
 
-    def unregister(self, link: Link) -> Session | None:
+    def unregister(self, link: Link, now: float) -> Session | None:
         """The link is gone; returns its session if that was its last."""
         session: Session | None = link.session
         if session is None:
@@ -229,8 +396,48 @@ class Registry:
                 del session.links[index]
         if session.links or session.tunnel.sessions.get(session.id) is not session:
             return None
-        del session.tunnel.sessions[session.id]
+        self.end(session, now)
         return session
+
+    def end(self, session: Session, now: float) -> None:
+        """The session is over, whatever links it still has."""
+        tunnel = session.tunnel
+        if tunnel.sessions.pop(session.id, None) is None:
+            return
+        tunnel.balance.withdraw(session)
+        tunnel.sessions_changed()
+        if not tunnel.sessions:
+            tunnel.lost_at = now
+
+    def health(self, session: Session, healthy: bool, text: str) -> None:
+        """What its client's checks of the backend say."""
+        if session.healthy != healthy:
+            session.healthy = healthy
+            session.tunnel.sessions_changed()
+        session.health_text = text
+
+    def refused(self, link: Link) -> None:
+        """The client's host says that nobody listens there: what can be given to another is given at once."""
+        self._rescue(link)
+
+    def rescue(self) -> None:
+        """Give what waits on suspect links to others that are heard; called every second or so."""
+        for tunnel in self.tunnels.values():
+            suspects = [
+                link
+                for session in tunnel.sessions.values()
+                for link in (*session.links.values(), *session.lingering)
+                if link.active and link.silent_for() > SUSPECT_AFTER
+            ]
+            if suspects and tunnel.is_served():
+                for link in suspects:
+                    self._rescue(link)
+
+    @staticmethod
+    def _rescue(link: Link) -> None:
+        for leg in link.legs():
+            if isinstance(leg, RequestLeg):
+                leg.rescue()
 
     def _forget_one(self) -> None:
         for name, tunnel in self.tunnels.items():
@@ -241,70 +448,134 @@ class Registry:
 
     # Requests come and go
 
-    def dispatch(self, tunnel: Tunnel, leg: StreamLeg, now: float) -> None:
+    def dispatch(self, tunnel: Tunnel, leg: RequestLeg, now: float) -> None:
         """Give ``leg`` a slot now, or a place in the queue. Raises TunnelError when there is no hope of one."""
-        if not tunnel.sessions:
-            raise TunnelError(ErrorCode.DESTINATION_UNAVAILABLE)
         if tunnel.in_flight >= self.limits.in_flight:
             raise TunnelError(ErrorCode.CONNECTION_LIMIT_REACHED, "the tunnel has as many requests in flight as it may")
+        if tunnel.waiting or not self._assign(tunnel, leg, now):
+            self._wait(tunnel, leg, now)
         tunnel.in_flight += 1
-        if tunnel.waiting or not self._assign(tunnel, leg):
-            if all(session.is_leaving() for session in tunnel.sessions.values()):
-                tunnel.in_flight -= 1
-                raise TunnelError(ErrorCode.DESTINATION_UNAVAILABLE)
-            tunnel.waiting.append((now + self.limits.slot_wait, leg))
-            self._waiting.add(tunnel)
-            for session in tunnel.sessions.values():
-                session.ask_for_links(len(tunnel.waiting), self.limits.max_links)
 
-    def _assign(self, tunnel: Tunnel, leg: StreamLeg) -> bool:
-        choice = tunnel.choose_session()
+    def dispatch_again(self, tunnel: Tunnel, leg: RequestLeg, now: float, *, may_wait: bool) -> bool:
+        """Find another place for a request that was dispatched before; whether there is one.
+
+        It goes before those who wait: it has been in the queue.
+        """
+        if self._assign(tunnel, leg, now):
+            return True
+        if may_wait:
+            try:
+                self._wait(tunnel, leg, now)
+            except TunnelError:
+                return False
+        return may_wait
+
+    def _assign(self, tunnel: Tunnel, leg: RequestLeg, now: float) -> bool:
+        choice = tunnel.choose_session(now, leg)
+        if tunnel.balance.parked:
+            self._parked.add(tunnel)
         if choice is None:
             return False
         session, link = choice
-        session.in_flight += 1
-        if session.in_flight > session.peak:
-            session.peak = session.in_flight
+        leg.session = session
+        session.served += 1
+        self.occupy(session)
         if session.in_flight >= _STREAMS_PER_LINK * session.wanted_links:
             session.ask_for_links(0, self.limits.max_links)
         link.attach(leg)
         return True
 
+    def occupy(self, session: Session) -> None:
+        """One more slot of the session is about to be taken; ``slot_freed`` is its end."""
+        session.in_flight += 1
+        if session.in_flight > session.peak:
+            session.peak = session.in_flight
+        session.tunnel.changed(session)
+
+    def _wait(self, tunnel: Tunnel, leg: RequestLeg, now: float) -> None:
+        limits = self.limits
+        wait = limits.slot_wait
+        left = tunnel.is_left()
+        if not left and (unwell := tunnel.is_unwell()):
+            raise TunnelError(
+                ErrorCode.DESTINATION_UNAVAILABLE, f"No client of this tunnel has a healthy backend: {_ascii(unwell)}"
+            )
+        if left or not tunnel.is_served():
+            wait = limits.hold
+            lost_at = tunnel.lost_at
+            if not wait or (lost_at is not None and now - lost_at > _HELD_FOR):
+                raise TunnelError(ErrorCode.DESTINATION_UNAVAILABLE)
+            if len(tunnel.waiting) >= limits.held:
+                raise TunnelError(ErrorCode.DESTINATION_UNAVAILABLE, "as many requests wait for a client as may")
+        tunnel.waiting.append((now + wait, leg))
+        self._waiting.add(tunnel)
+        for session in tunnel.sessions.values():
+            session.ask_for_links(len(tunnel.waiting), limits.max_links)
+
     def finished(self, tunnel: Tunnel) -> None:
         """An exchange of ``tunnel`` is over, whatever its fate."""
         tunnel.in_flight -= 1
 
-    def slot_freed(self, session: Session, link: Link) -> None:
+    def slot_freed(self, session: Session, link: Link, now: float) -> None:
         """A slot of ``link`` is free: the first who waits gets it."""
         session.in_flight -= 1
+        tunnel = session.tunnel
+        if tunnel.sessions.get(session.id) is session:
+            tunnel.changed(session)
         if session.lingering:
             session.close_if_done(link)
-        if session.tunnel.waiting:
-            self.serve_waiting(session.tunnel)
+        if tunnel.waiting:
+            self.serve_waiting(tunnel, now)
 
-    def serve_waiting(self, tunnel: Tunnel) -> None:
+    def slots_allowed(self, session: Session, now: float) -> None:
+        """The session can take more than it said before."""
+        session.tunnel.changed(session)
+        self.serve_waiting(session.tunnel, now)
+
+    def serve_waiting(self, tunnel: Tunnel, now: float) -> None:
         """Hand free slots to those who wait, in order."""
+        passed = []  # those who have been to the sessions that are free
         while tunnel.waiting:
             # Taken out first: giving a slot may free another, and that one is for the next in line.
             place = tunnel.waiting.popleft()
-            if not place[1].ended and not self._assign(tunnel, place[1]):
-                tunnel.waiting.appendleft(place)
-                return
-        self._waiting.discard(tunnel)
+            leg = place[1]
+            if leg.ended or self._assign(tunnel, leg, now):
+                continue
+            passed.append(place)
+            if not leg.tried:
+                break
+        tunnel.waiting.extendleft(reversed(passed))
+        if not tunnel.waiting:
+            self._waiting.discard(tunnel)
 
-    def expire_waiting(self, now: float) -> None:
-        """Refuse those who have waited too long; called every fraction of a second."""
+    def look_again(self, now: float) -> None:
+        """Offer anew what has become able to serve, and refuse those who have waited too long.
+
+        Called every fraction of a second.
+        """
+        for tunnel in list(self._parked):
+            for session in list(tunnel.balance.parked):
+                if tunnel.sessions.get(session.id) is not session:
+                    tunnel.balance.withdraw(session)
+                elif session.may_serve(now) and session.choose_link() is not None:
+                    tunnel.changed(session)
+            if not tunnel.balance.parked:
+                self._parked.discard(tunnel)
         for tunnel in list(self._waiting):
-            self.serve_waiting(tunnel)
+            self.serve_waiting(tunnel, now)
             # Whose visitors have left are not to be counted among those who want links.
-            tunnel.waiting = deque(place for place in tunnel.waiting if not place[1].ended)
-            while tunnel.waiting and (tunnel.waiting[0][0] <= now or not tunnel.sessions):
-                _, leg = tunnel.waiting.popleft()
-                visitor = leg.peer
-                served = tunnel.is_served()
-                code = ErrorCode.CONNECTION_LIMIT_REACHED if served else ErrorCode.DESTINATION_UNAVAILABLE
-                error = TunnelError(code)
-                leg.abort(error)
-                visitor.abort(error)
+            places = [place for place in tunnel.waiting if not place[1].ended]
+            tunnel.waiting = deque(place for place in places if place[0] > now)
             if not tunnel.waiting:
                 self._waiting.discard(tunnel)
+            code = ErrorCode.CONNECTION_LIMIT_REACHED if tunnel.is_served() else ErrorCode.DESTINATION_UNAVAILABLE
+            for until, leg in places:
+                if until <= now:
+                    visitor = leg.peer
+                    error = leg.failure or TunnelError(code)
+                    leg.abort(error)
+                    visitor.abort(error)
+
+
+def _ascii(text: str) -> str:
+    return ascii(text[:200])[1:-1]

@@ -17,6 +17,7 @@ from quictunnel.quic.engine import Engine, ServerIdentity
 from quictunnel.quic.listen import LinkListener
 from quictunnel.server.entry import ProxyEntry
 from quictunnel.server.gate import Gate
+from quictunnel.server.probes import Prober
 from quictunnel.server.registry import Registry, RegistryLimits
 from quictunnel.trust.certificates import Issuer
 from quictunnel.trust.tokens import TokenStore
@@ -94,6 +95,7 @@ class Server:
         if config.https is not None:
             self._tls = VisitorTls(config.identity.certificate, config.identity.key, self._issue)
         self.links = LinkListener(engine, config.identity, self.gate, budget, retry=config.retry)
+        self.prober = Prober(self.registry, budget, loop.time)
         self.gate.on_accepted = self.links.accepted
         self._ticker: asyncio.TimerHandle | None = None
         self._ticks = 0
@@ -151,9 +153,11 @@ class Server:
         """The server's only clock: each part looks at what has become late."""
         self._ticker = self._loop.call_later(0.1, self._tick)
         self._ticks += 1
-        self.registry.expire_waiting(self._loop.time())
+        self.registry.look_again(self._loop.time())
         if self._ticks % 10 == 0:
             self.gate.recheck_tokens()
+            self.registry.rescue()
+            self.prober.look()
         if self._ticks % 100 == 0:
             for session in self.registry.sessions():
                 session.retire_links()

@@ -82,12 +82,12 @@ class Status:
         yield b"]}"
 
     def _tunnel(self, tunnel: Tunnel) -> Line:
-        lost_at: float | None = getattr(tunnel, "lost_at", None)
+        lost_at = tunnel.lost_at
         return {
             "name": tunnel.name,
             "urls": self._server.public_urls(tunnel.name),
             "token": None if tunnel.owner is None else tunnel.owner.token_id,
-            "sticky": getattr(tunnel, "sticky", ""),
+            "sticky": tunnel.sticky,
             "in_flight": tunnel.in_flight,
             "waiting": len(tunnel.waiting),
             "lost": None if lost_at is None or tunnel.sessions else self._clock(lost_at),
@@ -103,14 +103,14 @@ class Status:
             "address": _place(links[0]) if links else "",
             "token": session.grant.token_id,
             "hosts": list(getattr(session, "hosts", ())),
-            "weight": getattr(session, "weight", 1),
+            "weight": session.weight,
             "health": self._health(session),
-            "health_text": getattr(session, "health_text", ""),
+            "health_text": session.health_text,
             "since": self._clock(session.since),
             "links": len(links),
             "lingering": len(session.lingering),
             "in_flight": session.in_flight,
-            "served": getattr(session, "served", 0),
+            "served": session.served,
             "round_trip_ms": round(min(trips) * 1000, 2) if trips else None,
         }
 
@@ -119,9 +119,9 @@ class Status:
             return "draining"
         if session.is_suspect():
             return "suspect"
-        if getattr(session, "aside_until", 0.0) > self._loop.time():
+        if session.aside_until > self._loop.time():
             return "put aside"
-        return "healthy" if getattr(session, "healthy", True) else "unhealthy"
+        return "healthy" if session.healthy else "unhealthy"
 
     def _clock(self, at: float) -> str:
         """A time of the event loop's clock as one of the wall."""

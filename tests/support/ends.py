@@ -1,6 +1,6 @@
 """Two whole ends in memory: a server and its clients as they are, on a network and a clock that the test turns.
 
-Only datagrams are caught, where the event loop would hand them to the kernel; everything above is the product.
+Only datagrams are caught, where the sockets of ``quic`` would hand them to the kernel; everything above is the product.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ from quictunnel.exchange import Leg
 from quictunnel.http.visitor_connection import VisitorConnection
 from quictunnel.log import AccessLog
 from quictunnel.quic.engine import select_engine
+from quictunnel.quic.sockets import DatagramSocket
 from quictunnel.server.registry import RegistryLimits, Session
 from quictunnel.server.server import Server, ServerConfig
 from quictunnel.trust.tokens import TokenStore
@@ -33,35 +34,38 @@ T = TypeVar("T")
 Address = tuple[str, int]
 
 
-class Endpoint(asyncio.DatagramTransport):
-    """A UDP socket whose datagrams go through ``Datagrams``."""
+class Endpoint:
+    """A UDP socket whose datagrams go through ``Datagrams``, from where the kernel would come in."""
 
-    def __init__(self, network: "Datagrams", sock: socket.socket, protocol: asyncio.DatagramProtocol) -> None:
-        super().__init__({"socket": sock})
+    def __init__(self, network: "Datagrams", owner: DatagramSocket) -> None:
         self._network = network
-        self._sock = sock
-        self.protocol = protocol
-        self.address: Address = sock.getsockname()[:2]
+        self._owner = owner
+        self.address: Address = owner.sock.getsockname()[:2]
         try:
-            self.peer: Address | None = sock.getpeername()[:2]
+            self.peer: Address | None = owner.sock.getpeername()[:2]
         except OSError:
             self.peer = None
-        self._open = True
+        owner._put = self._sent
 
-    def sendto(self, data: Any, addr: Any = None) -> None:
-        if self._open:
-            self._network.carry(bytes(data), self, self.peer or tuple(addr[:2]))
+    @property
+    def is_open(self) -> bool:
+        return not self._owner.closed
 
-    def is_closing(self) -> bool:
-        return not self._open
+    def _sent(self, data: bytes, address: Any) -> None:
+        if self.is_open:
+            self._network.carry(bytes(data), self, self.peer or address[:2])
+
+    def deliver(self, data: bytes, source: Address) -> None:
+        """A datagram has come."""
+        self._owner._received(data, source)
+
+    def refuse(self) -> None:
+        """Nobody listens where it is connected to."""
+        self._owner._note(ConnectionRefusedError(111, "refused"))
 
     def close(self) -> None:
-        if self._open:
-            self._open = False
-            self._network.endpoints.pop(self.address, None)
-            self._sock.close()
-
-    abort = close
+        """The process that had it is gone."""
+        self._owner.close()
 
 
 class Datagrams:
@@ -84,29 +88,39 @@ class Datagrams:
     def _deliver(self, data: bytes, source: Endpoint, destination: Address) -> None:
         endpoint = self.endpoints.get(destination)
         if endpoint is not None:
-            endpoint.protocol.datagram_received(data, source.address)
-        elif self.tells and source.peer is not None and not source.is_closing():
-            source.protocol.error_received(ConnectionRefusedError(111, "refused"))
+            endpoint.deliver(data, source.address)
+        elif self.tells and source.peer is not None and source.is_open:
+            source.refuse()
 
 
 class EndsLoop(ClockLoop):
     """A turned clock, names without threads, and sockets whose datagrams go through ``datagrams``."""
 
     def __init__(self) -> None:
+        self._endpoints: dict[int, Endpoint] = {}  # by file descriptor
         super().__init__()
         self.datagrams = Datagrams(self)
 
     async def getaddrinfo(self, host: Any, port: Any, **options: Any) -> Any:
         return socket.getaddrinfo(host, port, **options)
 
-    async def create_datagram_endpoint(self, protocol_factory: Any, *args: Any, **options: Any) -> Any:
-        protocol = protocol_factory()
-        endpoint = Endpoint(self.datagrams, options["sock"], protocol)
+    def add_reader(self, fd: Any, callback: Callable[..., Any], *args: Any) -> None:
+        owner = getattr(callback, "__self__", None)
+        if not isinstance(owner, DatagramSocket):
+            super().add_reader(fd, callback, *args)
+            return
+        endpoint = self._endpoints[fd] = Endpoint(self.datagrams, owner)
         self.datagrams.endpoints[endpoint.address] = endpoint
         if endpoint.peer is not None:
             self.datagrams.dials.append(self.time())
-        protocol.connection_made(endpoint)
-        return endpoint, protocol
+
+    def remove_reader(self, fd: Any) -> bool:
+        endpoint = self._endpoints.pop(fd, None)
+        if endpoint is None:
+            return super().remove_reader(fd)
+        if self.datagrams.endpoints.get(endpoint.address) is endpoint:
+            del self.datagrams.endpoints[endpoint.address]
+        return True
 
 
 class Request(Leg):

@@ -8,6 +8,7 @@ from typing import Any
 from quictunnel.quic.engine import ClientTrust, select_engine
 from quictunnel.quic.link import Link, LinkOwner
 from quictunnel.quic.listen import LinkListener
+from quictunnel.quic.sockets import DatagramSocket
 from quictunnel.wire.codec import FrameType, push_varint
 from quictunnel.wire.control import ControlDecoder, ControlMessage, Credit, Hello, Strange, Welcome, encode_control
 from quictunnel.wire.credit import WindowBudget
@@ -22,7 +23,7 @@ def frame(kind: int, payload: bytes) -> bytes:
     return push_varint(kind) + push_varint(len(payload)) + payload
 
 
-class HostileClient(asyncio.DatagramProtocol):
+class HostileClient:
     """A client on the network of ``Ends`` that says and sends what the test wants.
 
     With ``deaf`` it allows the server not one byte of stream data beyond what it has allowed at first.
@@ -45,13 +46,13 @@ class HostileClient(asyncio.DatagramProtocol):
         self.messages: list[ControlMessage | Credit | Strange] = []
         self._control = ControlDecoder()
         self._timer: asyncio.TimerHandle | None = None
-        self._transport: Any = None
+        self._socket: DatagramSocket
 
     async def connect(self) -> "HostileClient":
         """Shake hands."""
         sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         sock.connect(self._ends.quic_address)
-        self._transport, _ = await self._loop.create_datagram_endpoint(lambda: self, sock=sock)
+        self._socket = DatagramSocket(sock, self._received)
         self.connection.connect(self._ends.quic_address, now=self._loop.time())
         self.pump()
         await self._ends.until(lambda: self.ready)
@@ -59,7 +60,7 @@ class HostileClient(asyncio.DatagramProtocol):
         return self
 
     def _stay(self) -> None:
-        if self.closed is None and not self._transport.is_closing():
+        if self.closed is None and not self._socket.closed:
             self.connection.send_ping(1)
             self.pump()
             self._loop.call_later(10, self._stay)
@@ -104,24 +105,16 @@ class HostileClient(asyncio.DatagramProtocol):
     def requests(self) -> list[int]:
         return [stream for stream in self.streams if stream & 3 == 1]
 
-    # asyncio
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        pass
-
-    def datagram_received(self, data: bytes, addr: Any) -> None:
-        self.connection.receive_datagram(data, addr, now=self._loop.time())
+    def _received(self, data: bytes, address: Any) -> None:
+        self.connection.receive_datagram(data, address, now=self._loop.time())
         self._events()
         self.pump()
-
-    def error_received(self, exc: Exception) -> None:
-        pass
 
     def pump(self) -> None:
         """Send what there is to send."""
         now = self._loop.time()
         for data, _ in self.connection.datagrams_to_send(now=now):
-            self._transport.sendto(data)
+            self._socket.send(data, None)
         if self._timer is not None:
             self._timer.cancel()
         at = self.connection.get_timer()
@@ -147,7 +140,7 @@ class HostileClient(asyncio.DatagramProtocol):
                 self.ready = True
             elif kind == "ConnectionTerminated":
                 self.closed = (event.error_code, event.reason_phrase)
-                self._transport.close()
+                self._socket.close()
 
 
 class HostileServer(LinkOwner):

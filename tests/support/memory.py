@@ -106,16 +106,11 @@ class Owner(LinkOwner):
         self.closed.append(why)
 
 
-class _Transport(asyncio.DatagramTransport):
+class _Socket:
+    """In place of a listener's."""
+
     def __init__(self, send: Callable[[bytes, Any], None]) -> None:
-        super().__init__()
-        self._send = send
-
-    def sendto(self, data: Any, addr: Any = None) -> None:
-        self._send(bytes(data), addr)
-
-    def is_closing(self) -> bool:
-        return False
+        self.send = send
 
     def close(self) -> None:
         pass
@@ -137,7 +132,7 @@ class Network:
         self.listener = LinkListener(
             select_engine(server_engine), server_identity, self.server_owner, self.server_budget, retry=retry
         )
-        self.listener.connection_made(_Transport(self._to_client))
+        self.listener._socket = _Socket(lambda data, address: self._to_client(bytes(data), address))  # type: ignore[assignment]
         self.clients: dict[Any, Link] = {}
 
     def dial(self, trust: ClientTrust | None = None) -> Link:

@@ -53,6 +53,7 @@ class Entry:
         self.registry = Registry(RegistryLimits(in_flight=3))
         self.links: dict[str, FakeLink] = {}
         self.access = Access()
+        self.now = 12.0
         for name in names:
             link = self.links[name] = FakeLink(self.registry)
             grant = Grant("id", name, (), None, b"digest")
@@ -63,7 +64,7 @@ class Entry:
             self.access,
             domain=domain,
             default_tunnel=default_tunnel,
-            clock=lambda: 12.0,
+            clock=lambda: self.now,
         )
 
     def ask(self, host: str, header: bytes = b"") -> Visitor:
@@ -126,7 +127,8 @@ def test_named_tunnel_that_is_unknown_is_not_the_default_one() -> None:
 
 def test_tunnel_without_clients_is_unavailable_and_counts_nothing() -> None:
     entry = Entry("app")
-    entry.links["app"].close(0, "gone")
+    entry.links["app"].close(0, "gone")  # long ago, as clocks go here
+    entry.now += 60.0
     visitor = entry.ask("app.example.com")
     assert visitor.code == ErrorCode.DESTINATION_UNAVAILABLE
     assert visitor.tunnel is None

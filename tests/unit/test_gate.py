@@ -12,7 +12,7 @@ from quictunnel.quic.link import LinkClosed
 from quictunnel.server.gate import Gate
 from quictunnel.server.registry import Registry, RegistryLimits
 from quictunnel.trust.tokens import TokenStore
-from quictunnel.wire.control import VERSION, Authority, Drain, Grow, Hello, Refuse, Unknown, Welcome
+from quictunnel.wire.control import VERSION, Authority, Drain, Drained, Grow, Hello, Refuse, Unknown, Welcome
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 SESSION = "s" * 24
@@ -28,6 +28,7 @@ class FakeLink:
         self.closed: object = None
         self.active = 0
         self.messages: list[Any] = []
+        self.opened = 6  # and one that has a slot but no stream yet
 
     def send_control(self, message: object) -> None:
         self.messages.append(message)
@@ -37,6 +38,9 @@ class FakeLink:
 
     def has_slot(self) -> bool:
         return self.closed is None and not self.draining
+
+    def flush(self) -> None:
+        self.opened = 7
 
     def silent_for(self) -> float:
         return 0.0
@@ -222,7 +226,8 @@ async def test_link_that_drains_takes_nothing_new(door: Door) -> None:
     link = door.hello()
     door.gate.link_control(link, Drain())  # type: ignore[arg-type]
     assert link.draining
-    assert door.registry.tunnels["app"].choose_session() is None
+    assert link.messages[-1] == Drained(7)
+    assert door.registry.tunnels["app"].choose_session(0.0) is None
 
 
 @pytest.mark.parametrize("message", [Welcome("app"), Refuse("x", "y"), Grow(9), Unknown("z")], ids=lambda m: m.type)

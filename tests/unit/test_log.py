@@ -240,3 +240,32 @@ async def test_nothing_is_kept_when_requests_are_not_logged(log_file: Path) -> N
     access.close()
     take_down()
     assert log_file.read_text() == ""
+
+
+# Files. tests/unit/test_log_shared.py has those of several writers.
+
+
+def test_full_file_is_rotated_and_the_oldest_are_removed(log_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "FILE_SIZE", 1000)
+    stranger = log_file.with_name("quictunnel.old.log")
+    take_down = log.set_up(file=log_file)
+    stranger.write_text("somebody else's")
+    for number in range(100):
+        logger.info("{:04} {}", number, "x" * 300)
+    take_down()
+    rotated = sorted(set(log_file.parent.iterdir()) - {log_file, stranger})
+    assert len(rotated) == log.FILES_KEPT
+    assert stranger.exists()
+    assert all(file.stat().st_mode & 0o777 == 0o600 and file.stat().st_size <= 1000 for file in rotated)
+    text = "".join(file.read_text() for file in (*rotated, log_file))
+    assert re.findall(r"INFO  (\d{4})", text) == [f"{number:04}" for number in range(100 - text.count("\n"), 100)]
+
+
+def test_file_that_was_moved_away_is_made_anew(log_file: Path) -> None:
+    take_down = log.set_up(file=log_file)
+    logger.info("before")
+    log_file.rename(log_file.with_suffix(".1"))
+    logger.info("after")
+    take_down()
+    assert "after" in log_file.read_text()
+    assert "before" in log_file.with_suffix(".1").read_text()

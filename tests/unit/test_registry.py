@@ -51,7 +51,7 @@ class FakeLink:
     def close(self, code: int, reason: str) -> None:
         if self.closed is None:
             self.closed = reason
-            self._registry.unregister(self)  # type: ignore[arg-type]
+            self._registry.unregister(self, 0.0)  # type: ignore[arg-type]
 
 
 class FakeLeg:
@@ -61,6 +61,10 @@ class FakeLeg:
         self.link: FakeLink | None = None
         self.ended = False
         self.peer = self
+        self.tried: frozenset[Session] = frozenset()
+        self.prefers: Session | None = None
+        self.session: Session | None = None
+        self.failure: TunnelError | None = None
         self.errors: list[ErrorCode] = []
 
     def abort(self, error: TunnelError) -> None:
@@ -72,7 +76,7 @@ class FakeLeg:
         link = self.link
         assert link is not None
         link.active -= 1
-        registry.slot_freed(link.session, link)  # type: ignore[arg-type]
+        registry.slot_freed(link.session, link, 0.0)  # type: ignore[arg-type]
 
 
 def grant(tunnel: str = "app") -> Grant:
@@ -98,7 +102,7 @@ def asked(registry: Registry, count: int = 1, now: float = 0.0, tunnel: str = "a
 
 @pytest.fixture
 def registry() -> Registry:
-    return Registry(RegistryLimits(in_flight=1000, slot_wait=2.0, max_links=4, tunnels=3))
+    return Registry(RegistryLimits(in_flight=1000, slot_wait=2.0, hold=1.0, held=600, max_links=4, tunnels=3))
 
 
 def session_of(link: FakeLink) -> Session:
@@ -139,28 +143,52 @@ def test_request_waits_rather_than_go_to_a_suspect_link(registry: Registry) -> N
     asked(registry, 10)
     assert (suspect.active, sound.active) == (0, 10)
     suspect.silence = 0.0
-    registry.expire_waiting(0.1)
+    registry.look_again(0.1)
     assert (suspect.active, sound.active) == (10, 10)
 
 
 def test_request_that_waited_for_a_suspect_session_is_told_that_no_client_is_there(registry: Registry) -> None:
     joined(registry).silence = SUSPECT_AFTER + 1
     legs = asked(registry, 2)
-    registry.expire_waiting(2.1)
+    registry.look_again(2.1)
     # Both ends of the exchange are told.
     assert [leg.errors for leg in legs] == [[ErrorCode.DESTINATION_UNAVAILABLE] * 2] * 2
 
 
-def test_request_for_a_client_that_leaves_is_refused_at_once(registry: Registry) -> None:
+def test_request_for_a_client_that_leaves_waits_for_the_next(registry: Registry) -> None:
     leaving = joined(registry)
     leaving.draining = True
+    asked(registry)
+    staying = joined(registry, "s2")
+    registry.look_again(0.5)
+    assert (leaving.active, staying.active) == (0, 1)
+
+
+@pytest.mark.parametrize(("hold", "away", "held"), [(1.0, 29.0, True), (1.0, 31.0, False), (0.0, 0.0, False)])
+def test_request_is_held_while_a_client_may_come_back_any_moment(hold: float, away: float, held: bool) -> None:
+    registry = Registry(RegistryLimits(hold=hold))
+    joined(registry).close(0, "gone")
+    if not held:
+        with pytest.raises(TunnelError) as found:
+            asked(registry, now=away)
+        assert found.value.code == ErrorCode.DESTINATION_UNAVAILABLE
+        assert registry.tunnels["app"].in_flight == 0
+        return
+    come, late = asked(registry, 2, away)
+    back = joined(registry, slots=1)
+    registry.look_again(away + 0.9)
+    assert (come.link, late.errors) == (back, [])
+    registry.look_again(away + 1.1)
+    assert late.errors == [ErrorCode.CONNECTION_LIMIT_REACHED] * 2
+
+
+def test_only_so_many_requests_wait_for_a_client(registry: Registry) -> None:
+    joined(registry).close(0, "gone")
+    asked(registry, 600)
     with pytest.raises(TunnelError) as found:
         asked(registry)
     assert found.value.code == ErrorCode.DESTINATION_UNAVAILABLE
-    assert registry.tunnels["app"].in_flight == 0
-    staying = joined(registry, "s2")
-    asked(registry)
-    assert (leaving.active, staying.active) == (0, 1)
+    assert registry.tunnels["app"].in_flight == 600
 
 
 def test_suspect_session_is_passed_over(registry: Registry) -> None:
@@ -250,13 +278,13 @@ def test_ghost_keeps_its_exchanges_and_gets_no_new_ones(registry: Registry) -> N
 def test_session_ends_with_its_last_link(registry: Registry) -> None:
     links = [joined(registry, index=index) for index in range(2)]
     session = session_of(links[0])
-    assert registry.unregister(links[0]) is None  # type: ignore[arg-type]
-    assert registry.unregister(links[1]) is session  # type: ignore[arg-type]
-    assert registry.unregister(links[1]) is None  # type: ignore[arg-type]
-    assert registry.unregister(FakeLink(registry)) is None  # type: ignore[arg-type]
+    assert registry.unregister(links[0], 0.0) is None  # type: ignore[arg-type]
+    assert registry.unregister(links[1], 0.0) is session  # type: ignore[arg-type]
+    assert registry.unregister(links[1], 0.0) is None  # type: ignore[arg-type]
+    assert registry.unregister(FakeLink(registry), 0.0) is None  # type: ignore[arg-type]
     assert not registry.sessions()
     with pytest.raises(TunnelError) as error:
-        asked(registry)
+        asked(registry, now=60.0)
     assert error.value.code == ErrorCode.DESTINATION_UNAVAILABLE
 
 
@@ -268,7 +296,7 @@ def test_waiting_requests_get_freed_slots_in_order(registry: Registry) -> None:
     first[0].end(registry)
     assert [leg.link for leg in waiting] == [link, None, None]
     joined(registry, index=1, slots=1)
-    registry.serve_waiting(registry.tunnels["app"])
+    registry.serve_waiting(registry.tunnels["app"], 0.0)
     assert [leg.link is None for leg in waiting] == [False, False, True]
 
 
@@ -278,7 +306,7 @@ def test_newcomer_does_not_overtake_those_who_wait(registry: Registry) -> None:
     (waiting,) = asked(registry)
     other = joined(registry, index=1, slots=1)
     (late,) = asked(registry)
-    registry.serve_waiting(registry.tunnels["app"])
+    registry.serve_waiting(registry.tunnels["app"], 0.0)
     assert (waiting.link, late.link) == (other, None)
 
 
@@ -286,9 +314,9 @@ def test_waiting_is_over_when_its_time_is(registry: Registry) -> None:
     joined(registry, slots=1)
     asked(registry)
     (early,), (late,) = asked(registry, now=10.0), asked(registry, now=11.0)
-    registry.expire_waiting(11.9)
+    registry.look_again(11.9)
     assert not early.errors
-    registry.expire_waiting(12.0)
+    registry.look_again(12.0)
     assert (early.errors[:1], late.errors) == ([ErrorCode.CONNECTION_LIMIT_REACHED], [])
 
 
@@ -297,7 +325,7 @@ def test_visitors_who_left_the_queue_are_not_kept_in_it(registry: Registry) -> N
     _, *waiting = asked(registry, 5)
     for leg in waiting[:3]:
         leg.ended = True
-    registry.expire_waiting(0.1)
+    registry.look_again(0.1)
     assert [leg for _, leg in registry.tunnels["app"].waiting] == waiting[3:]
     assert [leg.errors for leg in waiting] == [[]] * 4
 
@@ -307,7 +335,9 @@ def test_waiting_is_over_when_the_last_session_is(registry: Registry) -> None:
     asked(registry)
     (waiting,) = asked(registry)
     link.close(0, "gone")
-    registry.expire_waiting(0.1)
+    registry.look_again(1.9)
+    assert not waiting.errors, "another may come"
+    registry.look_again(2.1)
     assert waiting.errors[0] == ErrorCode.DESTINATION_UNAVAILABLE
 
 
@@ -369,20 +399,20 @@ def test_counts_add_up_whatever_happens(seed: int) -> None:
         match chance.randrange(12):
             case 0:
                 links.append(joined(registry, f"s{chance.randrange(3)}", chance.randrange(3), slots=10))
-                registry.serve_waiting(tunnel)
+                registry.serve_waiting(tunnel, 0.0)
             case 1 if links:
                 link = links.popleft()
                 if link.closed is None:
                     link.closed = "lost"
                     for leg in [leg for leg in link.legs if not leg.ended]:
                         leg.end(registry)
-                    registry.unregister(link)  # type: ignore[arg-type]
+                    registry.unregister(link, now)  # type: ignore[arg-type]
             case 2 | 3 | 4 | 5:
                 running = [leg for leg in legs if leg.link is not None and not leg.ended]
                 for leg in chance.sample(running, min(len(running), 5)):
                     leg.end(registry)
             case 6:
-                registry.expire_waiting(now / 10)
+                registry.look_again(now / 10)
             case 7 if links:
                 session_of(links[-1]).retire_links()
             case 8 if tunnel.waiting:
@@ -398,5 +428,5 @@ def test_counts_add_up_whatever_happens(seed: int) -> None:
         sessions = {id(leg.link.session): leg.link.session for leg in running if leg.link}
         assert sum(session.in_flight for session in sessions.values()) == len(running)
         assert all(session.in_flight == 0 for session in registry.sessions() if id(session) not in sessions)
-        registry.serve_waiting(tunnel)
+        registry.serve_waiting(tunnel, 0.0)
         assert not tunnel.waiting or not any(link.has_slot() for s in registry.sessions() for link in s.links.values())

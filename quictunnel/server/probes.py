@@ -1,0 +1,83 @@
+"""Probes: is the way of requests open? A link whose pings are answered may still serve nobody.
+
+A probe goes out as a request does, on a stream and in a slot of its own, and is answered by the client itself. What has
+just answered a request is not asked. A link that is heard but leaves a probe unanswered is dead where it matters: it
+is closed, its client dials another, and what it held is repeated where that is safe.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from quictunnel.exchange import Leg, join
+from quictunnel.quic.link import HEAD_LIMIT, SUSPECT_AFTER
+from quictunnel.server.request_leg import RequestLeg
+from quictunnel.wire.control import PROBE_CAPABILITY
+from quictunnel.wire.errors import ErrorCode, TunnelError
+from quictunnel.wire.frames import PROBE, End, Frame
+
+if TYPE_CHECKING:
+    from quictunnel.quic.link import Link
+    from quictunnel.server.registry import Registry, Session
+    from quictunnel.wire.credit import WindowBudget
+
+__all__ = ["PROBE_EVERY", "PROBE_TIME", "Prober"]
+
+# Together with a look every second, a link that serves nobody is known within ten seconds.
+PROBE_EVERY: Final = 3.0
+PROBE_TIME: Final = 5.0
+"seconds"
+
+
+class _Probe(Leg):
+    """The asking side of a probe: whatever comes back shows that the way is open."""
+
+    __slots__ = ()
+
+    def receive(self, frame: Frame) -> None:
+        pass
+
+    def pause(self) -> None:
+        pass
+
+    def resume(self) -> None:
+        pass
+
+    def abort(self, error: TunnelError) -> None:
+        pass
+
+
+class Prober:
+    """Asks each link of a registry that has not answered anything lately."""
+
+    def __init__(self, registry: "Registry", budget: "WindowBudget", clock: Callable[[], float]) -> None:
+        """``clock`` is the event loop's, in seconds."""
+        self._registry = registry
+        self._budget = budget
+        self._clock = clock
+        self._asked: dict[Link, tuple[float, RequestLeg]] = {}  # since when, by what
+
+    def look(self) -> None:
+        """Ask who is to be asked, and close what has not answered; called every second."""
+        now = self._clock()
+        for link, (since, leg) in list(self._asked.items()):
+            if leg.ended or link.closed is not None:
+                del self._asked[link]
+            elif link.silent_for() > SUSPECT_AFTER:
+                self._asked[link] = (now, leg)  # a silent one is suspect, and may only be far away for a while
+            elif now - since > PROBE_TIME:
+                del self._asked[link]
+                link.close(ErrorCode.INTERNAL_ERROR, f"a probe of this link was not answered within {PROBE_TIME:g} s")
+        for session in self._registry.sessions():
+            if PROBE_CAPABILITY in session.capabilities:
+                for link in list(session.links.values()):
+                    if now - link.answered_at > PROBE_EVERY and link not in self._asked and link.has_slot():
+                        self._ask(session, link, now)
+
+    def _ask(self, session: "Session", link: "Link", now: float) -> None:
+        leg = RequestLeg(self._budget, HEAD_LIMIT, None)
+        self._registry.occupy(session)
+        link.attach(leg)
+        join(_Probe(), leg)
+        leg.receive(PROBE)
+        leg.receive(End())
+        self._asked[link] = (now, leg)

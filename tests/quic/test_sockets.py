@@ -1,0 +1,281 @@
+"""The UDP socket under every link: real sockets on the loopback, on both event loops."""
+
+import asyncio
+import importlib.util
+import itertools
+import socket
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from quictunnel.quic import sockets
+from quictunnel.quic.sockets import DatagramSocket, enlarge_buffers
+from tests.support.crowd import until
+
+Address = Any
+
+LOOPS = [
+    "asyncio",
+    pytest.param(
+        "uvloop",
+        marks=pytest.mark.skipif(importlib.util.find_spec("uvloop") is None, reason="uvloop is not installed"),
+    ),
+]
+HOSTS = ["127.0.0.1", "::1"]
+
+
+@pytest.fixture(params=LOOPS)
+def play(request: pytest.FixtureRequest) -> Callable[[Coroutine[Any, Any, None]], None]:
+    """Runs a scenario on each event loop in turn."""
+
+    def run(work: Coroutine[Any, Any, None]) -> None:
+        factory: Any = asyncio.SelectorEventLoop
+        if request.param == "uvloop":
+            import uvloop
+
+            factory = uvloop.new_event_loop
+        with asyncio.Runner(loop_factory=factory) as runner:
+            runner.run(work)
+
+    return run
+
+
+def bound(host: str = "127.0.0.1") -> socket.socket:
+    """A UDP socket on a free port."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+    sock.bind((host, 0))
+    sock.settimeout(5)
+    return sock
+
+
+class Taken:
+    """What a socket hands over."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.datagrams: list[tuple[bytes, Address]] = []
+        self.errors: list[OSError] = []
+        self.socket = DatagramSocket(sock, self._received, self.errors.append)
+        self.on_datagram: Callable[[], None] = lambda: None
+
+    def _received(self, data: bytes, address: Address) -> None:
+        self.datagrams.append((data, address))
+        self.on_datagram()
+
+    @property
+    def data(self) -> list[bytes]:
+        return [data for data, _ in self.datagrams]
+
+
+class FullSocket:
+    """A socket whose kernel buffer has room for ``room`` datagrams more; everything else is ``sock``'s."""
+
+    def __init__(self, sock: socket.socket, room: int) -> None:
+        self.sock = sock
+        self.room = room
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sock, name)
+
+    def sendto(self, data: bytes, address: Address) -> int:
+        if self.room == 0:
+            raise BlockingIOError
+        self.room -= 1
+        return self.sock.sendto(data, address)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_datagrams_come_and_go_with_their_addresses(host: str, play: Callable[..., None]) -> None:
+    async def work() -> None:
+        server = Taken(bound(host))
+        client_socket = bound(host)
+        client_socket.connect(server.socket.sock.getsockname())
+        client = Taken(client_socket)
+        client.socket.send(b"up", None)
+        await until(lambda: server.datagrams)
+        assert server.datagrams == [(b"up", client_socket.getsockname())]
+        server.socket.send(b"down", server.datagrams[0][1])
+        await until(lambda: client.datagrams)
+        assert client.datagrams == [(b"down", server.socket.sock.getsockname())]
+        for each in (server, client):
+            each.socket.close()
+            each.socket.close()
+            assert each.socket.sock.fileno() == -1
+            assert not each.errors
+
+    play(work())
+
+
+def test_flood_leaves_others_their_turns(play: Callable[..., None]) -> None:
+    async def work() -> None:
+        taken = Taken(bound())
+        turns: list[int] = []
+
+        def turn() -> None:
+            turns.append(len(taken.datagrams))
+            if len(taken.datagrams) < 200:
+                asyncio.get_running_loop().call_soon(turn)
+
+        with bound() as sender:
+            for number in range(200):
+                sender.sendto(b"%d" % number, taken.socket.sock.getsockname())
+        turn()
+        await until(lambda: len(taken.datagrams) == 200)
+        assert taken.data == [b"%d" % number for number in range(200)]
+        steps = [after - before for before, after in itertools.pairwise(turns)]
+        assert max(steps) == 32
+        taken.socket.close()
+
+    play(work())
+
+
+def test_paused_socket_leaves_what_comes_to_another_process(play: Callable[..., None]) -> None:
+    async def work() -> None:
+        taken = Taken(bound())
+        with bound() as peer:
+            place = taken.socket.sock.getsockname()
+            taken.socket.pause()
+            peer.sendto(b"first", place)
+            await asyncio.sleep(0.02)
+            assert not taken.datagrams
+            successor = Taken(taken.socket.sock.dup())
+            await until(lambda: successor.datagrams)
+            assert successor.datagrams == [(b"first", peer.getsockname())]
+            taken.socket.send(b"still here", peer.getsockname())
+            assert peer.recvfrom(100) == (b"still here", place)
+            successor.socket.close()
+            taken.socket.resume()
+            peer.sendto(b"second", place)
+            await until(lambda: taken.datagrams)
+            assert taken.data == [b"second"]
+        taken.socket.close()
+
+    play(work())
+
+
+@pytest.mark.parametrize("end", ["pause", "close"])
+def test_no_datagram_is_handed_over_once_reading_has_ended(end: str, play: Callable[..., None]) -> None:
+    async def work() -> None:
+        taken = Taken(bound())
+        taken.on_datagram = getattr(taken.socket, end)
+        with bound() as sender:
+            for _ in range(5):
+                sender.sendto(b"x", taken.socket.sock.getsockname())
+        await until(lambda: taken.datagrams)
+        await asyncio.sleep(0.02)
+        assert taken.data == [b"x"]
+        taken.socket.close()
+
+    play(work())
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_refusal_is_told_and_reading_goes_on(host: str, play: Callable[..., None]) -> None:
+    """uvloop stops watching a socket after an error, without a word."""
+
+    async def work() -> None:
+        with bound(host) as peer:
+            place = peer.getsockname()
+            client_socket = bound(host)
+            client_socket.connect(place)
+            client = Taken(client_socket)
+        for _ in range(3):  # the peer is gone
+            client.errors.clear()
+            client.socket.send(b"anyone?", None)
+            client.socket.send(b"anyone?", None)  # meets the first one's refusal
+            await until(lambda: client.errors)
+            await asyncio.sleep(0.02)
+            assert [type(error) for error in client.errors] == [ConnectionRefusedError] * len(client.errors)
+            assert len(client.errors) <= 2
+        with socket.socket(client_socket.family, socket.SOCK_DGRAM) as again:
+            again.bind(place[:2])
+            again.sendto(b"back", client_socket.getsockname())
+            await until(lambda: client.datagrams)
+        assert client.data == [b"back"]
+        client.socket.close()
+
+    play(work())
+
+
+def test_datagrams_wait_in_order_for_room_and_are_bounded(play: Callable[..., None]) -> None:
+    async def work() -> None:
+        full = FullSocket(bound(), room=2)
+        taken = Taken(full)  # type: ignore[arg-type]
+        with bound() as peer:
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+            place = peer.getsockname()
+            for number in range(sockets._WAITING + 10):
+                taken.socket.send(b"%d" % number, place)
+            assert taken.socket.dropped == 8
+            full.room = 100_000
+            got = [int(await asyncio.to_thread(peer.recv, 100)) for _ in range(sockets._WAITING + 2)]
+            assert got == list(range(sockets._WAITING + 2))
+            taken.socket.send(b"at once", place)
+            assert peer.recv(100) == b"at once"
+        taken.socket.close()
+        assert taken.socket.dropped == 8
+        assert not taken.errors
+
+    play(work())
+
+
+def test_closing_drops_what_waits_for_room(play: Callable[..., None]) -> None:
+    async def work() -> None:
+        full = FullSocket(bound(), room=0)
+        taken = Taken(full)  # type: ignore[arg-type]
+        taken.socket.send(b"never", full.getsockname())
+        taken.socket.close()
+        taken.socket.send(b"too late", ("127.0.0.1", 9))
+        await asyncio.sleep(0.02)
+        assert taken.socket.dropped == 1
+        assert not taken.errors
+
+    play(work())
+
+
+def test_datagram_that_cannot_be_sent_is_told_and_harms_no_other(play: Callable[..., None]) -> None:
+    async def work() -> None:
+        taken = Taken(bound())
+        with bound() as peer:
+            taken.socket.send(b"x" * 70_000, peer.getsockname())
+            assert not taken.errors, "never told within a call"
+            taken.socket.send(b"small", peer.getsockname())
+            assert peer.recv(100) == b"small"
+            await until(lambda: taken.errors)
+        assert taken.socket.dropped == 1
+        taken.socket.close()
+
+    play(work())
+
+
+@pytest.mark.parametrize(
+    ("granted", "limits"),
+    [
+        ((212_992, 4 << 20), "net.core.rmem_max=4194304"),
+        ((212_992, 212_992), "net.core.rmem_max=4194304 net.core.wmem_max=4194304"),
+        ((4 << 20, 4 << 20), ""),
+    ],
+)
+def test_small_kernel_buffers_are_told_once_with_their_remedy(
+    granted: tuple[int, int], limits: str, log_lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Kernel:
+        """One that lets nobody pass its limits."""
+
+        def setsockopt(self, level: int, option: int, value: int) -> None:
+            if option not in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+                raise PermissionError
+
+        def getsockopt(self, level: int, option: int) -> int:
+            return 2 * granted[option == socket.SO_SNDBUF]
+
+    monkeypatch.setattr("sys.platform", "linux")
+    sockets._tell_small.cache_clear()
+    for _ in range(3):
+        enlarge_buffers(Kernel())  # type: ignore[arg-type]
+    sockets._tell_small.cache_clear()
+    text = (
+        "WARNING bursts of packets may be lost: the kernel gives a UDP socket 208 KiB of buffer where 4096 KiB are "
+        f"asked for; sysctl -w {limits} allows it"
+    )
+    assert log_lines == ([text] if limits else [])
