@@ -71,7 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> int:
     try:
         command, flags = _parse(argv)
-        return command.run(load_settings(command.settings, flags))
+        settings = load_settings(command.settings, flags)
+        if command.reads_again:
+            return command.run(settings, lambda: load_settings(command.settings, flags))
+        return command.run(settings)
     except UsageError as error:
         return _failed(str(error), 2)
     except (CommandError, TrustError) as error:
@@ -94,10 +97,10 @@ def _failed(text: str, status: int) -> int:
 # Commands that stay running.
 
 
-def _serve(settings: ServeSettings) -> int:
+def _serve(settings: ServeSettings, again: Callable[[], ServeSettings]) -> int:
     from quictunnel.app.serve import serve
 
-    return _run_logged(serve, settings)
+    return _run_logged(lambda settings: serve(settings, again), settings)
 
 
 def _connect(settings: ConnectSettings) -> int:
@@ -262,8 +265,10 @@ def _load(settings: LoadSettings) -> int:
 @dataclass(frozen=True, slots=True)
 class _Command:
     settings: type[Settings]
-    run: Callable[[Any], int]
+    run: Callable[..., int]
     help: str
+    reads_again: bool = False
+    "``run`` is also handed what reads the settings anew, in the same way"
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +279,10 @@ class _Group:
 
 _COMMANDS: Final[Mapping[str, _Command | _Group]] = {
     "serve": _Command(
-        ServeSettings, _serve, "take visitors' requests in and hand them to the clients of their tunnels"
+        ServeSettings,
+        _serve,
+        "take visitors' requests in and hand them to the clients of their tunnels",
+        reads_again=True,
     ),
     "connect": _Command(ConnectSettings, _connect, "expose a local web application through a server"),
     "demo": _Command(DemoSettings, _demo, "try it: server, client and a small backend together"),

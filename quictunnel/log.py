@@ -300,13 +300,17 @@ class AccessLog:
 
     def __init__(self, form: Format = "text", *, enabled: bool = True, delay: float = 0.1, limit: int = 1000) -> None:
         """``delay`` is the longest that a line waits, in seconds; ``enabled`` says whether INFO is logged at all."""
-        self.enabled = enabled
-        self._render = _access_json if form == "json" else _access_text
+        self.change(form, enabled=enabled)
         self._delay = delay
         self._limit = limit
         self._records: list[AccessRecord] = []
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
+
+    def change(self, form: Format, *, enabled: bool) -> None:
+        """Go on in another form, or not."""
+        self.enabled = enabled
+        self._render = _access_json if form == "json" else _access_text
 
     def record(
         self,

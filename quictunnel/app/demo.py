@@ -9,8 +9,9 @@ from typing import Final
 
 from loguru import logger
 
+from quictunnel.app.identity import identity_of
 from quictunnel.app.process import calm_collector, choose_engine, say, stop_signals
-from quictunnel.app.serve import identity_of, make_server
+from quictunnel.app.serve import make_server
 from quictunnel.backends.asgi import AsgiBackend
 from quictunnel.client.agent import Agent, AgentConfig
 from quictunnel.client.fan_out import FanOut

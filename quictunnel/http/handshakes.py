@@ -48,8 +48,8 @@ class TlsListener:
         """
         self._tls = tls
         self._make_protocol = make_protocol
-        self._handshake_time = handshake_time
-        self._shutdown_time = shutdown_time
+        self.handshake_time = handshake_time
+        self.shutdown_time = shutdown_time
         self._is_full = is_full
         self._on_idle = on_idle
         self._loop = asyncio.get_running_loop()
@@ -147,8 +147,8 @@ class TlsListener:
                 self._make_protocol,
                 connection,
                 ssl=self._tls.context,
-                ssl_handshake_timeout=self._handshake_time,
-                ssl_shutdown_timeout=self._shutdown_time,
+                ssl_handshake_timeout=self.handshake_time,
+                ssl_shutdown_timeout=self.shutdown_time,
             )
         except OSError as error:
             # Port scans, plain HTTP, visitors that do not trust the certificate: nothing of ours is wrong.

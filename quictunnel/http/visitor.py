@@ -54,7 +54,6 @@ class VisitorListener:
         they were a request has no head, and ``open_exchange`` never saw it.
         """
         self._open_exchange = open_exchange
-        self.limits = limits
         self.in_flight = 0
         self._on_done = on_done
         self.budget = budget or WindowBudget(0)
@@ -62,15 +61,13 @@ class VisitorListener:
         self.date = b""
         self.loop = asyncio.get_running_loop()
         self.end_watch = EndWatch(self.loop)
-        self._trusted = tuple(trusted_proxies)
         self._servers: list[asyncio.Server | TlsListener] = []
         self._connections: set[VisitorOutput] = set()
         self._unflushed: list[VisitorOutput] = []
         self._empty = asyncio.Event()
         self._empty.set()
-        times = (limits.head_time, limits.idle_time, limits.body_idle_time, limits.write_idle_time)
-        self._interval = min(_SWEEP, min(times) / 4)
         self._sweeper: asyncio.TimerHandle | None = None
+        self.change(limits, trusted_proxies)
         self._sweep()
 
     def __repr__(self) -> str:
@@ -79,6 +76,16 @@ class VisitorListener:
     def __len__(self) -> int:
         """How many connections there are."""
         return len(self._connections)
+
+    def change(self, limits: VisitorLimits, trusted_proxies: Iterable[_Network]) -> None:
+        """Have other limits from now on; what a connection may send is said to new ones only."""
+        self.limits = limits
+        self._trusted = tuple(trusted_proxies)
+        times = (limits.head_time, limits.idle_time, limits.body_idle_time, limits.write_idle_time)
+        self._interval = min(_SWEEP, min(times) / 4)
+        for server in self._servers:
+            if isinstance(server, TlsListener):
+                server.handshake_time, server.shutdown_time = limits.head_time, limits.write_idle_time
 
     async def start(
         self, host: str, port: int, *, tls: VisitorTls | None = None, reuse_port: bool = False

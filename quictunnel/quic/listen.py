@@ -57,7 +57,7 @@ class LinkListener:
         self.engine = engine
         self.owner = owner
         self.budget = budget
-        self._retry = retry
+        self.retry = retry
         self._tokens = RetryTokens()
         self._configuration = engine.server_configuration(identity, DATAGRAM_SIZE)
         self._loop = asyncio.get_running_loop()
@@ -188,9 +188,9 @@ class LinkListener:
         link.datagram_received(data, address)
 
     def _must_prove_address(self) -> bool:
-        if self._retry == "always" or self.engine.needs_retry:
+        if self.retry == "always" or self.engine.needs_retry:
             return True
-        return self._retry == "auto" and len(self._half_open) >= _HALF_OPEN_BEFORE_RETRY
+        return self.retry == "auto" and len(self._half_open) >= _HALF_OPEN_BEFORE_RETRY
 
     def _connection_id(self, link: Link, cid: bytes, issued: bool) -> None:
         ids = self._ids.get(link)

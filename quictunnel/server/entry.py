@@ -46,7 +46,7 @@ class ProxyEntry:
         self._registry = registry
         self._budget = budget
         self._access = access
-        self._default_tunnel = default_tunnel
+        self.default_tunnel = default_tunnel
         self._clock = clock
         # Ids are for reading logs: unique within a server's run and hard to mistake for another run's.
         self._id_prefix = secrets.token_hex(3)
@@ -164,7 +164,7 @@ class ProxyEntry:
             except ValueError:
                 raise TunnelError(ErrorCode.DESTINATION_NOT_FOUND, "X-Tunnel-Session is not a tunnel's name") from None
             return self._named(name)
-        if self._default_tunnel:
+        if self.default_tunnel:
             tunnel = self._registry.only_tunnel()
             if tunnel is not None:
                 return tunnel

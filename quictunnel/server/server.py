@@ -162,15 +162,23 @@ class Server:
             for session in self.registry.sessions():
                 session.retire_links()
 
-    def replace_identity(self, identity: ServerIdentity, issuer: Issuer | None = None) -> None:
-        """Show a renewed certificate from now on. Raises OSError and ValueError and then changes nothing."""
-        certificate = _own_certificate(identity)
+    def reconfigure(self, config: ServerConfig) -> None:
+        """Go by ``config`` from now on; its addresses, domain and window budget must be those of before.
+
+        Raises OSError and ValueError for a certificate that cannot be used, and then changes nothing.
+        """
+        certificate = _own_certificate(config.identity)
+        self.links.replace_identity(config.identity)
         if self._tls is not None:
             if certificate != self.gate.authority.server:
-                self._tls.replace(identity.certificate, identity.key, self._issue)
-            self._issuer = issuer
-        self.links.replace_identity(identity)
-        self.gate.authority = Authority(self._config.authority, certificate)
+                self._tls.replace(config.identity.certificate, config.identity.key, self._issue)
+            self._issuer = config.issuer
+        self.gate.authority = Authority(config.authority, certificate)
+        self.links.retry = config.retry
+        self.registry.limits = config.registry
+        self.visitors.change(config.visitors, config.trusted_proxies)
+        self.entry.default_tunnel = config.default_tunnel
+        self._config = config
 
     def _issue(self, host: str) -> bytes:
         """A certificate of its own for a tunnel's host, empty for any other host."""

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -172,6 +173,40 @@ def test_grace_bounds_the_end(processes: Processes) -> None:
         assert tunnel.server.process.stop() == 0
         assert time.monotonic() - began < 5
         visitor.join(10)
+
+
+def test_sighup_changes_what_the_file_says_and_drops_nothing(engine: str, processes: Processes, tmp_path: Path) -> None:
+    come, go = threading.Event(), threading.Event()
+    file = tmp_path / "tunnel.toml"
+    file.write_text("[serve]\n")
+
+    def slow(connection: Connection) -> None:
+        while connection.head():
+            come.set()
+            assert go.wait(20)
+            connection.answer(200, b"whole")
+
+    fields = {f"x-{number}": "1" for number in range(30)}
+    with RawBackend(slow) as backend:
+        tunnel = processes.tunnel(backend.target, (engine, engine), serve=("--config", str(file)))
+        process = tunnel.server.process
+        answers: list[Answer] = []
+        visitor = threading.Thread(target=lambda: answers.append(visit(tunnel.address)))
+        visitor.start()
+        assert come.wait(10)
+        file.write_text("[serve]\nhead-fields = 10\n")
+        process.signal(signal.SIGHUP)
+        process.said("reloaded; changed: --head-fields")
+        assert visit(tunnel.address, fields=fields).status == 431
+        file.write_text("[serve]\nhead-fields = many\n")
+        process.signal(signal.SIGHUP)
+        process.said("not reloaded, all stays as it was: .*is not TOML")
+        go.set()
+        visitor.join(20)
+        assert (answers[0].status, answers[0].body) == (200, b"whole")
+        assert visit(tunnel.address, fields=fields).status == 431
+        assert tunnel.client.log.count("serving tunnel") == 1
+        assert process.stop() == 0
 
 
 def test_two_clients_share_a_tunnel_and_one_leaves_unnoticed(engine: str, processes: Processes) -> None:

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from quictunnel.app.serve import _renew, identity_of, make_server
+from quictunnel.app.identity import identity_of
+from quictunnel.app.reload import Reloader
+from quictunnel.app.serve import _renew, make_server
 from quictunnel.log import AccessLog
 from quictunnel.quic.engine import select_engine
 from quictunnel.quic.sockets import settle
@@ -34,10 +36,12 @@ async def serving(settings: ServeSettings) -> AsyncIterator[Server]:
     tokens = TokenStore(settings.state_dir)
     tokens.load()
     identity = identity_of(settings, settings.quic.host)
-    server = make_server(settings, select_engine("auto"), tokens, identity, AccessLog("text", enabled=False))
+    access = AccessLog("text", enabled=False)
+    server = make_server(settings, select_engine("auto"), tokens, identity, access)
+    reloader = Reloader(settings, lambda: settings, server, tokens, access, identity)
     await server.start()
     server.registry.tunnels["app"] = Tunnel("app")
-    renewal = asyncio.get_running_loop().create_task(_renew(settings, server))
+    renewal = asyncio.get_running_loop().create_task(_renew(reloader))
     try:
         yield server
         assert not renewal.done()

@@ -29,7 +29,7 @@ def app(monkeypatch: pytest.MonkeyPatch) -> Callable[[Outcome], list[Settings]]:
     def install(outcome: Outcome) -> list[Settings]:
         handed: list[Settings] = []
 
-        async def start(settings: Settings) -> int:
+        async def start(settings: Settings, *more: object) -> int:
             handed.append(settings)
             await asyncio.sleep(0)
             logger.info("started")

@@ -1,0 +1,182 @@
+"""Changing a running server: by SIGHUP, and by the hour for certificates.
+
+Everything is read before anything is changed: a file that cannot be used is one line in the log, and the server goes
+on as it was.
+"""
+
+import os
+from collections.abc import Callable, Collection
+from typing import Final
+
+from loguru import logger
+
+from quictunnel import log
+from quictunnel.app.identity import Identity, identity_of
+from quictunnel.http.visitor import VisitorLimits
+from quictunnel.log import AccessLog
+from quictunnel.options import UsageError, flag_name, reason
+from quictunnel.server.registry import RegistryLimits
+from quictunnel.server.server import Server, ServerConfig
+from quictunnel.settings import LogSettings, ServeSettings
+from quictunnel.trust.files import TrustError
+from quictunnel.trust.tokens import TokenStore
+
+__all__ = ["Reloader", "logs_requests", "server_config"]
+
+_LIVE: Final = frozenset(
+    {
+        "advertise",
+        "body_idle",
+        "ca",
+        "cert",
+        "default_tunnel",
+        "grace",
+        "head_fields",
+        "head_size",
+        "head_time",
+        "hold",
+        "keep_alive",
+        "key",
+        "log_file",
+        "log_format",
+        "log_level",
+        "max_held",
+        "max_in_flight",
+        "max_visitors",
+        "retry",
+        "slot_wait",
+        "target_length",
+        "trusted_proxies",
+        "write_idle",
+    }
+)
+"the options that a running server can change; all others need a new process"
+
+# About the start alone.
+_OF_THE_START: Final = frozenset({"config", "takeover"})
+
+
+class Reloader:
+    """Holds the settings that a server runs by now."""
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        again: Callable[[], ServeSettings],
+        server: Server,
+        tokens: TokenStore,
+        access: AccessLog,
+        identity: Identity,
+        announce: Callable[[ServeSettings, Identity], None] = lambda settings, identity: None,
+        *,
+        log_shared: bool = False,
+    ) -> None:
+        """``again`` reads the settings anew, and raises UsageError.
+
+        ``announce`` is called when clients are to be told something else than before.
+        """
+        self.settings = settings
+        self._again = again
+        self._server = server
+        self._tokens = tokens
+        self._access = access
+        self._identity = identity
+        self._announce = announce
+        self._log_shared = log_shared
+
+    def reload(self) -> None:
+        """Read everything anew, and change what can be changed."""
+        before = self.settings
+        try:
+            found = self._again()
+            fixed, changed = _differences(before, found)
+            settings = found.model_copy(update={name: getattr(before, name) for name in fixed})
+            _check_log(settings)
+            identity = identity_of(settings, settings.quic[0])
+            self._server.reconfigure(server_config(settings, identity))
+        except (UsageError, TrustError, ValueError, OSError) as error:
+            logger.error("not reloaded, all stays as it was: {}", _told(error))
+            return
+        if changed & set(LogSettings.model_fields):
+            log.set_up(settings.log_level, settings.log_format, settings.log_file, shared=self._log_shared)
+            self._access.change(settings.log_format, enabled=logs_requests(settings))
+        try:
+            self._tokens.reload_if_changed()
+        except TrustError as error:
+            logger.error("{}", error)
+        told_anew = "advertise" in changed or identity.pin != self._identity.pin
+        self.settings, self._identity = settings, identity
+        logger.info("= reloaded; {}", f"changed: {_flags(changed)}" if changed else "no option has changed")
+        if fixed:
+            logger.warning("these need a new process (quictunnel serve --takeover): {}", _flags(fixed))
+        if told_anew:
+            self._announce(settings, identity)
+
+    def renew(self) -> None:
+        """Read the certificate anew, and make the next one if it is time."""
+        try:
+            identity = identity_of(self.settings, self.settings.quic[0])
+            self._server.reconfigure(server_config(self.settings, identity))
+            self._identity = identity
+        except (OSError, ValueError, TrustError) as error:
+            logger.error("cannot renew the server certificate: {}", _told(error))
+
+
+def server_config(settings: ServeSettings, identity: Identity) -> ServerConfig:
+    """What a server of these settings is told."""
+    return ServerConfig(
+        http=(settings.http[0], settings.http[1]),
+        https=settings.https,
+        quic=(settings.quic[0], settings.quic[1]),
+        domain=settings.domain,
+        identity=identity.files,
+        authority=identity.authority,
+        issuer=identity.issuer,
+        default_tunnel=settings.default_tunnel_allowed,
+        trusted_proxies=tuple(settings.trusted_proxies),
+        retry=settings.retry,
+        window_budget=settings.window_budget,
+        visitors=VisitorLimits(
+            head_size=settings.head_size,
+            head_fields=settings.head_fields,
+            target_length=settings.target_length,
+            head_time=settings.head_time,
+            idle_time=settings.keep_alive,
+            body_idle_time=settings.body_idle,
+            write_idle_time=settings.write_idle,
+            connections=settings.max_visitors,
+        ),
+        registry=RegistryLimits(
+            in_flight=settings.max_in_flight,
+            slot_wait=settings.slot_wait,
+            hold=settings.hold,
+            held=settings.max_held,
+        ),
+    )
+
+
+def logs_requests(settings: LogSettings) -> bool:
+    """Whether the line of each request is logged."""
+    return settings.log_level in ("trace", "debug", "info")
+
+
+def _differences(before: ServeSettings, found: ServeSettings) -> tuple[set[str], set[str]]:
+    """The options that differ and cannot be changed, and those that can."""
+    names = {name for name in ServeSettings.model_fields if getattr(before, name) != getattr(found, name)}
+    names -= _OF_THE_START
+    return names - _LIVE, names & _LIVE
+
+
+def _check_log(settings: LogSettings) -> None:
+    """Whether the log can be written, before the present one is closed. Raises OSError."""
+    if settings.log_file is not None:
+        settings.log_file.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(settings.log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600))
+
+
+def _flags(names: Collection[str]) -> str:
+    return ", ".join(sorted(map(flag_name, names)))
+
+
+def _told(error: Exception) -> str:
+    return reason(error) if isinstance(error, OSError) else str(error)
