@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-__all__ = ["TrustError", "locked", "private_directory", "read_bounded", "write_private"]
+__all__ = ["TrustError", "give_to_owner_of", "locked", "private_directory", "read_bounded", "write_private"]
 
 LOCK_WAIT: Final = 10.0
 "seconds to wait for another process that is writing; a write takes milliseconds"
@@ -71,10 +71,23 @@ def locked(path: Path) -> Iterator[None]:
     except OSError as error:
         raise TrustError(f"cannot open the lock {path}: {_reason(error)}") from None
     try:
+        give_to_owner_of(path.parent, descriptor)
         _lock(descriptor, path)
         yield
     finally:
         os.close(descriptor)
+
+
+def give_to_owner_of(directory: Path, descriptor: int) -> None:
+    """Have what root makes belong to whom its directory belongs to, who has to read it. Raises TrustError."""
+    if os.geteuid() != 0:
+        return
+    try:
+        owner, file = os.stat(directory), os.fstat(descriptor)
+        if (owner.st_uid, owner.st_gid) != (file.st_uid, file.st_gid):
+            os.fchown(descriptor, owner.st_uid, owner.st_gid)
+    except OSError as error:
+        raise TrustError(f"cannot give a file in {directory} to the directory's owner: {_reason(error)}") from None
 
 
 def _lock(descriptor: int, path: Path) -> None:
@@ -96,6 +109,7 @@ def _write_new(path: Path, data: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     with open(descriptor, "wb") as file:
         os.fchmod(descriptor, 0o600)
+        give_to_owner_of(path.parent, descriptor)
         file.write(data)
         file.flush()
         os.fsync(descriptor)

@@ -24,14 +24,13 @@ from typing import Any, Final, Literal, NoReturn, TypeAlias
 from quictunnel.trust.files import TrustError, locked, private_directory, read_bounded, write_private
 from quictunnel.wire.names import (
     host_matches,
-    normalise_host,
     normalise_host_pattern,
     normalise_tunnel_name,
     normalise_tunnel_pattern,
     tunnel_matches,
 )
 
-__all__ = ["Grant", "NewToken", "RefusalKind", "Token", "TokenRefused", "TokenStore", "parse_duration"]
+__all__ = ["Grant", "NameKind", "NewToken", "RefusalKind", "Token", "TokenRefused", "TokenStore", "parse_duration"]
 
 FILE_NAME: Final = "tokens.json"
 FILE_LIMIT: Final = 16 * 1024 * 1024
@@ -56,6 +55,7 @@ _ID_ALPHABET: Final = "abcdefghijklmnopqrstuvwxyz234567"
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 RefusalKind: TypeAlias = Literal["unknown", "expired", "revoked", "scope"]
+NameKind: TypeAlias = Literal["tunnel", "host"]
 _Identity: TypeAlias = tuple[int, int, int] | None
 
 
@@ -122,12 +122,12 @@ class Grant:
     digest: bytes = field(repr=False)
 
     def allows_host(self, host: str) -> bool:
-        """Whether a custom host name, in any spelling, is in the token's scope."""
+        """Whether a custom host, or a wildcard of hosts as such, in any spelling, is in the token's scope."""
         try:
-            form = normalise_host(host)
+            form = normalise_host_pattern(host)
         except ValueError:
             return False
-        return any(host_matches(pattern, form) for pattern in self.hosts)
+        return _covers(self.hosts, form)
 
 
 class TokenStore:
@@ -149,6 +149,10 @@ class TokenStore:
     def tokens(self) -> tuple[Token, ...]:
         """All of them, the oldest first."""
         return tuple(self._tokens.values())
+
+    def get(self, token_id: str) -> Token | None:
+        """The token of that id, good or not."""
+        return self._tokens.get(token_id)
 
     def load(self) -> None:
         """Read the file; one that does not exist holds no tokens. Raises TrustError."""
@@ -196,6 +200,17 @@ class TokenStore:
         token = self._find(grant.token_id, grant.digest)
         self._check_time(token, now)
         _in_scope(token, grant.tunnel)
+
+    def holds(self, token_id: str, kind: NameKind, name: str, now: datetime) -> bool:
+        """Whether a token is good now, and for that tunnel or custom host, in its one form. Raises TrustError."""
+        if self._fault is not None:
+            raise TrustError(self._fault)
+        token = self._tokens.get(token_id)
+        if token is None or token.state(now) != "active":
+            return False
+        if kind == "tunnel":
+            return any(tunnel_matches(pattern, name) for pattern in token.tunnels)
+        return _covers(token.hosts, name)
 
     # Changing.
 
@@ -311,6 +326,11 @@ def _in_scope(token: Token, tunnel: str) -> str:
         allowed = ", ".join(token.tunnels[:5]) + (", ..." if len(token.tunnels) > 5 else "")
         raise TokenRefused("scope", f"token {token.id} is not for tunnel {name}; it is for {allowed}")
     return name
+
+
+def _covers(patterns: tuple[str, ...], host: str) -> bool:
+    # A wildcard that is asked for as such is covered by the same one and by nothing else.
+    return any(pattern == host or host_matches(pattern, host) for pattern in patterns)
 
 
 def _patterns(patterns: list[str], what: str) -> tuple[str, ...]:

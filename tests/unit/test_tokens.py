@@ -44,6 +44,31 @@ def test_a_token_opens_the_tunnels_of_its_patterns(store: TokenStore) -> None:
     assert not grant.allows_host("a.b.example.com") and not grant.allows_host("bad host")
 
 
+def test_a_wildcard_is_allowed_by_itself_alone(store: TokenStore) -> None:
+    new = store.create(["*"], None, NOW, hosts=["*.example.com", "a.example.org"])
+    grant = store.verify(new.secret, "a", NOW)
+    assert grant.allows_host("*.Example.com.")
+    for host in ("*.a.example.com", "*.example.org", "*.com", "*", "*.a.example.org"):
+        assert not grant.allows_host(host), host
+
+
+def test_a_token_holds_what_it_is_good_for_while_it_is_good(store: TokenStore) -> None:
+    new = store.create(["team-*"], DAY, NOW, hosts=["*.example.com"])
+    assert store.holds(new.id, "tunnel", "team-a", NOW) and store.holds(new.id, "host", "a.example.com", NOW)
+    assert store.holds(new.id, "host", "*.example.com", NOW)
+    assert not store.holds(new.id, "tunnel", "other", NOW), "a scope may have become narrower"
+    assert not store.holds(new.id, "host", "example.com", NOW)
+    assert not store.holds(new.id, "tunnel", "team-a", NOW + DAY)
+    assert not store.holds("aaaaaaaa", "tunnel", "team-a", NOW)
+    store.revoke(new.id, NOW)
+    assert not store.holds(new.id, "tunnel", "team-a", NOW)
+    store.path.write_text("not json")
+    with pytest.raises(TrustError):
+        store.reload_if_changed()
+    with pytest.raises(TrustError):
+        store.holds(new.id, "tunnel", "team-a", NOW)
+
+
 def test_a_token_of_no_hosts_allows_none(store: TokenStore) -> None:
     grant = store.verify(store.create(["*"], None, NOW).secret, "a", NOW)
     assert not grant.allows_host("app.example.com")
