@@ -104,6 +104,10 @@ def _serve(settings: ServeSettings, again: Callable[[], ServeSettings]) -> int:
 
 
 def _connect(settings: ConnectSettings) -> int:
+    if settings.processes.highest > 1:
+        from quictunnel.app.pool import connect_processes
+
+        return _fork_logged(connect_processes, settings)
     from quictunnel.app.connect import connect
 
     return _run_logged(connect, settings)
@@ -119,6 +123,16 @@ def _run_logged(start: Callable[[L], Coroutine[Any, Any, int]], settings: L) -> 
     take_down = log.set_up(settings.log_level, settings.log_format, settings.log_file)
     try:
         return _run(start(settings))
+    finally:
+        take_down()
+
+
+def _fork_logged(start: Callable[[L, Callable[[Coroutine[Any, Any, int]], int]], int], settings: L) -> int:
+    """Start what forks: it runs no event loop itself, and is told how its children do."""
+    take_down = log.set_up(settings.log_level, settings.log_format, settings.log_file, shared=True)
+    try:
+        _loop_factory()  # loaded once, for all
+        return start(settings, _run)
     finally:
         take_down()
 

@@ -12,6 +12,7 @@ from quictunnel.options import Option, Settings
 from quictunnel.values import (
     Address,
     Network,
+    Range,
     parse_address,
     parse_domain,
     parse_duration,
@@ -20,6 +21,7 @@ from quictunnel.values import (
     parse_listen_address,
     parse_networks,
     parse_path,
+    parse_processes,
     parse_size,
     parse_switch,
     parse_text,
@@ -273,6 +275,9 @@ class ConnectSettings(LogSettings):
     )
     engine: Engine = _default("auto", "the QUIC library; auto takes qh3 when it is installed")
     grace: Duration = _default("30s", "how long requests in flight may take to finish after SIGTERM")
+    processes: Annotated[Range, BeforeValidator(parse_processes), Option("N|MIN-MAX|auto")] = _default(
+        "1", "client processes on the tunnel; as many as the load needs between two bounds; auto: 1 to the processors"
+    )
     backend_http: Annotated[Literal["1.1", "2"], Word, Option("1.1|2", group="backend")] = _default(
         "1.1", "the HTTP version that the backend speaks; 2 for gRPC (in clear text without negotiation)"
     )

@@ -6,6 +6,7 @@ sentence that says what would be right; who calls adds which option it was.
 
 import ipaddress
 import math
+import os
 import re
 from pathlib import Path
 from typing import Final, NamedTuple, TypeAlias
@@ -15,6 +16,7 @@ from quictunnel.wire.names import normalise_host
 __all__ = [
     "Address",
     "Network",
+    "Range",
     "parse_address",
     "parse_domain",
     "parse_duration",
@@ -23,11 +25,13 @@ __all__ = [
     "parse_listen_address",
     "parse_networks",
     "parse_path",
+    "parse_processes",
     "parse_size",
     "parse_switch",
     "parse_text",
     "parse_whole",
     "parse_word",
+    "parse_workers",
     "split_list",
 ]
 
@@ -57,6 +61,20 @@ class Address(NamedTuple):
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class Range(NamedTuple):
+    """Two bounds, both allowed."""
+
+    lowest: int
+    highest: int
+
+    def __str__(self) -> str:
+        return str(self.lowest) if self.lowest == self.highest else f"{self.lowest}-{self.highest}"
+
+
+MOST_PROCESSES: Final = 64
+"of one command: each has a part of all limits, and a link to each of the other side's"
 
 
 def parse_text(value: object) -> str:
@@ -142,6 +160,38 @@ def parse_whole(value: object, lowest: int, highest: int) -> int:
     if not lowest <= number <= highest:
         raise ValueError(f"the number must be {lowest}..{highest}")
     return number
+
+
+def parse_workers(value: object) -> int:
+    """How many processes: a number, or ``auto`` for one on each processor."""
+    if value == "auto":
+        return _processors()
+    try:
+        return parse_whole(value, 1, MOST_PROCESSES)
+    except ValueError:
+        raise ValueError(f"a number 1..{MOST_PROCESSES}, or auto, is needed") from None
+
+
+def parse_processes(value: object) -> Range:
+    """How many processes: a number, two as in ``1-4``, or ``auto`` for one to as many as there are processors."""
+    if isinstance(value, Range):
+        return value
+    if value == "auto":
+        return Range(1, _processors())
+    low, dash, high = (str(value) if isinstance(value, int) else parse_text(value)).partition("-")
+    try:
+        lowest = parse_whole(low, 1, MOST_PROCESSES)
+        highest = parse_whole(high, lowest, MOST_PROCESSES) if dash else lowest
+    except ValueError:
+        raise ValueError(f"a number 1..{MOST_PROCESSES}, two such as 1-4, or auto is needed") from None
+    return Range(lowest, highest)
+
+
+def _processors() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
+    return min(os.cpu_count() or 1, MOST_PROCESSES)
 
 
 def parse_switch(value: object) -> bool:

@@ -1,12 +1,16 @@
 """``quictunnel connect``: finds out whom to trust, opens the backend, keeps the session alive until told to stop."""
 
 import asyncio
+from contextlib import nullcontext
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from loguru import logger
 
+from quictunnel.app.gauge import Gauge
 from quictunnel.app.process import calm_collector, choose_engine, raise_file_limit, say, stop_signals
+from quictunnel.app.supervise import Parent
 from quictunnel.client.agent import Agent, AgentConfig, FinalRefusal
 from quictunnel.client.choose import open_backend
 from quictunnel.client.fan_out import Backend, FanOut, host_rule
@@ -21,8 +25,11 @@ from quictunnel.wire.credit import WindowBudget
 __all__ = ["agent_config", "connect", "named_backend", "serve_session"]
 
 
-async def connect(settings: ConnectSettings) -> int:
-    """Serve the backend through a server; the exit status. Raises CommandError, OSError and TrustError at the start."""
+async def connect(settings: ConnectSettings, parent: Parent | None = None) -> int:
+    """Serve the backend through a server; the exit status. Raises CommandError, OSError and TrustError at the start.
+
+    With a ``parent`` it is one of several processes, and tells it what it would have printed, and how busy it is.
+    """
     engine = choose_engine(settings.engine)
     raise_file_limit()
     config = agent_config(settings)
@@ -32,9 +39,11 @@ async def connect(settings: ConnectSettings) -> int:
     except ValueError as error:
         raise CommandError(str(error)) from None
     fan_out = FanOut(backend, host_rule(settings.host_header, backend.authority), allow_connect=settings.allow_connect)
-    agent = Agent(config, engine, fan_out, budget=budget, on_welcome=_announce)
+    announce = _announce if parent is None else partial(_report, parent)
+    agent = Agent(config, engine, fan_out, budget=budget, on_welcome=announce)
+    gauge = nullcontext() if parent is None else Gauge(parent, lambda: fan_out.count)
     try:
-        with stop_signals() as stopped:
+        with stop_signals(parent) as stopped, gauge:
             calm_collector()
             await serve_session(agent, stopped, settings.grace)
     except FinalRefusal as refusal:
@@ -128,6 +137,10 @@ def _local_join(settings: ConnectSettings) -> JoinString:
 
 def _announce(welcome: Welcome) -> None:
     say(f"ready tunnel={welcome.tunnel} url={welcome.urls[0] if welcome.urls else '-'}")
+
+
+def _report(parent: Parent, welcome: Welcome) -> None:
+    parent.is_ready(tunnel=welcome.tunnel, url=welcome.urls[0] if welcome.urls else "-")
 
 
 async def _close(backend: Backend, grace: float) -> None:

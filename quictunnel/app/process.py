@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from quictunnel.app.supervise import Parent
 from quictunnel.options import CommandError
 from quictunnel.quic.engine import Engine, select_engine
 
@@ -22,24 +23,33 @@ def choose_engine(name: str) -> Engine:
 
 
 @contextmanager
-def stop_signals() -> Iterator[asyncio.Event]:
-    """An event that SIGTERM or SIGINT sets; the second of them ends the process as it would have without us."""
+def stop_signals(parent: Parent | None = None) -> Iterator[asyncio.Event]:
+    """An event that SIGTERM or SIGINT sets; the second of them ends the process as it would have without us.
+
+    In a child it is its parent that has SIGINT, and the event is also set when that is gone.
+    """
     loop = asyncio.get_running_loop()
     event = asyncio.Event()
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    numbers = (signal.SIGTERM, signal.SIGINT) if parent is None else (signal.SIGTERM,)
 
     def stop() -> None:
         event.set()
+        forget()
+
+    def forget() -> None:
         for number in numbers:
             loop.remove_signal_handler(number)
+        if parent is not None:
+            loop.remove_reader(parent.life)
 
     for number in numbers:
         loop.add_signal_handler(number, stop)
+    if parent is not None:
+        loop.add_reader(parent.life, stop)
     try:
         yield event
     finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)
+        forget()
 
 
 def say(line: str) -> None:

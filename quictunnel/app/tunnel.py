@@ -53,6 +53,10 @@ class Tunnel:
         except ValidationError as error:
             wrong = error.errors(include_input=False, include_url=False)
             raise ValueError("; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in wrong)) from None
+        if self._settings.processes.highest > 1:
+            raise ValueError(
+                "processes: a tunnel from Python is one session, in the caller's process; run several of it"
+            )
         self._backend: Backend | None = None
         self._agent: Agent | None = None
         self._running: asyncio.Task[None] | None = None

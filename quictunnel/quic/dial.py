@@ -1,8 +1,10 @@
-"""A client's UDP socket and the link on it."""
+"""A client's way to its server: a UDP socket and the link on it, and another socket when the first leads nowhere."""
 
 import asyncio
+import errno
 import socket
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
 
 from loguru import logger
 
@@ -12,11 +14,24 @@ from quictunnel.quic.sockets import DATAGRAM_SIZE, DatagramSocket, enlarge_buffe
 from quictunnel.wire.credit import WindowBudget
 from quictunnel.wire.errors import ErrorCode
 
-__all__ = ["DialError", "dial"]
+__all__ = ["DialError", "Endpoint", "Way", "dial", "resolve"]
+
+ADDRESSES: Final = 4
+"of one host, at most, that are tried"
 
 # TLS alerts as QUIC errors (RFC 9001 section 4.8, RFC 8446 section 6.2).
-_CRYPTO_ERROR = 0x100
-_CERTIFICATE_ALERTS = {42, 43, 44, 45, 46, 48, 49}
+_CRYPTO_ERROR: Final = 0x100
+_CERTIFICATE_ALERTS: Final = {42, 43, 44, 45, 46, 48, 49}
+
+# What a socket says when this machine's own addresses or routes have changed under it: what was sent has not left.
+_NO_ROUTE: Final = {
+    errno.ENETUNREACH,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.EADDRNOTAVAIL,
+    errno.EINVAL,
+    errno.ENODEV,
+}
 
 
 class DialError(Exception):
@@ -27,28 +42,126 @@ class DialError(Exception):
         super().__init__(text)
 
 
-class _Dialled:
-    """Between a connected UDP socket and its link."""
+class Endpoint(NamedTuple):
+    """One address of a server."""
 
-    def __init__(self, sock: socket.socket, address: Any) -> None:
-        self.address = address
-        self.link: Link | None = None
-        self.socket = DatagramSocket(sock, self._received, self._failed)
+    family: int
+    address: Any
 
-    def _received(self, data: bytes, address: Any) -> None:
-        if self.link is not None:
-            self.link.datagram_received(data, self.address)
+    def __str__(self) -> str:
+        host, port = self.address[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    def _failed(self, error: OSError) -> None:
-        # ICMP says that nobody listens there: a hint that comes long before any time-out. It may be forged, so it
-        # only makes suspect.
-        logger.debug("= QUIC socket to {}: {!r}", self.address, error)
-        if self.link is not None and isinstance(error, ConnectionRefusedError):
+
+async def resolve(host: str, port: int, timeout: float) -> list[Endpoint]:
+    """The addresses of a server, one at least. Raises DialError."""
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(timeout):
+            infos = await loop.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+    except TimeoutError:
+        raise DialError(f"resolving {host} took longer than {timeout:g} s") from None
+    except OSError as error:
+        raise DialError(f"cannot resolve {host}: {error.strerror or error}") from None
+    if not infos:
+        raise DialError(f"{host} has no address")
+    return [Endpoint(family, address) for family, _, _, _, address in infos[:ADDRESSES]]
+
+
+class Way:
+    """A link and the UDP socket that it goes over.
+
+    A connected socket is bound to one address of this machine and one route, and a NAT on the way to one mapping of it.
+    When any of them goes, ``move`` opens another: the link goes on over it with all its streams, because a QUIC
+    connection is told by its connection ids and not by where its packets come from (RFC 9000 section 9). The id that
+    packets are sent to stays the same: it is what a server of several processes steers them by.
+    """
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self.link: Link  # whoever makes the way sets it at once
+        self.heard = False
+        "whether anything at all has come from there"
+
+        self.on_trouble: Callable[[], None] = lambda: None
+        "called when what was sent cannot have left this machine"
+
+        self._socket: DatagramSocket | None = None
+        self._before: DatagramSocket | None = (
+            None  # until something comes by the new one: it may be the better
+        )
+
+    @property
+    def sockets(self) -> int:
+        """How many are open."""
+        return (self._socket is not None) + (self._before is not None)
+
+    async def open(self) -> None:
+        """Open a socket to the endpoint. Raises DialError."""
+        sock = socket.socket(self.endpoint.family, socket.SOCK_DGRAM)
+        try:
+            enlarge_buffers(sock)
+            sock.connect(self.endpoint.address)
+        except OSError as error:
+            sock.close()
+            raise DialError(f"cannot send there: {error.strerror or error}") from None
+        opened = DatagramSocket(
+            sock, lambda data, address: self._received(data, opened), lambda error: self._failed(error, opened)
+        )
+        if self._before is not None:
+            self._before.close()
+        self._before, self._socket = self._socket, opened
+
+    async def move(self) -> None:
+        """Go on over another socket. Raises DialError, and goes on over the old one."""
+        if self._is_over():
+            return
+        await self.open()
+        if self._is_over():  # in the meantime
+            self._close()
+            return
+        logger.debug("= {!r} goes on over another socket to {}", self.link, self.endpoint)
+        self.link.ping()
+
+    def _received(self, data: bytes, by: DatagramSocket) -> None:
+        self.heard = True
+        if self._before is not None and by is self._socket:
+            self._before.close()
+            self._before = None
+        self.link.datagram_received(data, self.endpoint.address)
+
+    def _failed(self, error: OSError, by: DatagramSocket) -> None:
+        logger.debug("= QUIC socket to {}: {!r}", self.endpoint, error)
+        if by is not self._socket:
+            return
+        if isinstance(error, ConnectionRefusedError):
+            # ICMP says that nobody listens there: a hint that comes long before any time-out. It may be forged, so it
+            # only makes suspect.
             self.link.refused = True
             self.link.owner.link_refused(self.link)
+        elif error.errno in _NO_ROUTE:
+            self.on_trouble()
+
+    def send(self, data: bytes, address: Any) -> None:
+        if self._socket is not None:
+            self._socket.send(data, address)
+
+    def _is_over(self) -> bool:
+        return self.link.terminated
 
     def terminated(self, link: Link) -> None:
-        self.socket.close()
+        self._close()
+
+    def _close(self) -> None:
+        for each in (self._socket, self._before):
+            if each is not None:
+                each.close()
+        self._socket = self._before = None
+
+    def drop(self) -> None:
+        """Say goodbye, and be done with the link without waiting for an answer."""
+        self.link.close(ErrorCode.NO_ERROR, "")
+        self.link.abandon(LinkClosed(0, ""))
 
 
 class _Waiter(LinkOwner):
@@ -62,82 +175,58 @@ class _Waiter(LinkOwner):
             self.future.set_result(None)
 
     def link_refused(self, link: Link) -> None:
-        self._fail(DialError("nobody listens there (UDP)"))
+        self.fail(DialError("nobody listens there (UDP)"))
 
     def link_closed(self, link: Link, why: LinkClosed) -> None:
-        self._fail(why)
+        self.fail(why)
 
-    def _fail(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
         if not self.future.done():
             self.future.set_exception(error)
 
 
 async def dial(
-    engine: Engine, host: str, port: int, trust: ClientTrust, owner: LinkOwner, budget: WindowBudget, *, timeout: float
-) -> Link:
-    """Open a link to a server and verify it; ``timeout`` in seconds bounds the whole. Raises DialError."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + timeout
-    try:
-        async with asyncio.timeout_at(deadline):
-            infos = await loop.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
-    except TimeoutError:
-        raise DialError(f"resolving {host} took longer than {timeout:g} s") from None
-    except OSError as error:
-        raise DialError(f"cannot resolve {host}: {error.strerror or error}") from None
-    failure = DialError(f"{host} has no address")
-    for index, (family, _, _, _, address) in enumerate(infos[:4]):
-        # Each further address gets an equal share of what is left, so that a dead one does not eat it all.
-        share = (deadline - loop.time()) / (len(infos[:4]) - index)
-        try:
-            return await _dial_address(engine, family, address, trust, owner, budget, share)
-        except DialError as error:
-            failure = error
-            if error.untrusted:
-                break
-    raise failure
-
-
-async def _dial_address(
     engine: Engine,
-    family: int,
-    address: Any,
+    endpoint: Endpoint,
     trust: ClientTrust,
     owner: LinkOwner,
     budget: WindowBudget,
+    *,
     timeout: float,
-) -> Link:
+    on_way: Callable[[Way], None] = lambda way: None,
+) -> Way:
+    """Open a link to a server's address and verify it, within ``timeout`` seconds. Raises DialError.
+
+    ``on_way`` is called with the way as soon as it is begun on.
+    """
     loop = asyncio.get_running_loop()
-    place = f"{address[0]}:{address[1]}"
-    sock = socket.socket(family, socket.SOCK_DGRAM)
-    try:
-        enlarge_buffers(sock)
-        sock.connect(address)
-    except OSError as error:
-        sock.close()
-        raise DialError(f"cannot send to {place}: {error.strerror or error}") from None
-    dialled = _Dialled(sock, address)
+    way = Way(endpoint)
     done: asyncio.Future[None] = loop.create_future()
-    link = Link(engine, engine.dial(trust, DATAGRAM_SIZE), dialled.socket.send, _Waiter(done), budget, is_client=True)
-    link.on_terminated = dialled.terminated
-    dialled.link = link
+    waiter = _Waiter(done)
+    link = way.link = Link(engine, engine.dial(trust, DATAGRAM_SIZE), way.send, waiter, budget, is_client=True)
+    link.on_terminated = way.terminated
+    way.on_trouble = lambda: waiter.fail(DialError("there is no route to it"))
     try:
-        link.connect(address)
+        await way.open()
+        on_way(way)
+        link.connect(endpoint.address)
         async with asyncio.timeout(timeout):
             await done
         link.owner = owner
-        return link
+        way.on_trouble = lambda: None
+        return way
     except TimeoutError:
-        raise DialError(f"{place}: no answer within {timeout:.1f} s (is UDP let through?)") from None
+        raise DialError(f"{endpoint}: no answer within {timeout:.1f} s (is UDP let through?)") from None
     except DialError as error:
-        raise DialError(f"{place}: {error}") from None
+        raise DialError(f"{endpoint}: {error}") from None
     except LinkClosed as why:
         alert = why.code - _CRYPTO_ERROR
-        raise DialError(f"{place}: {_explain(why)}", untrusted=alert in _CERTIFICATE_ALERTS) from None
+        raise DialError(f"{endpoint}: {_explain(why)}", untrusted=alert in _CERTIFICATE_ALERTS) from None
     finally:
         if link.owner is not owner:
-            link.close(ErrorCode.NO_ERROR, "")
-            link.abandon(LinkClosed(0, ""))
+            if not done.cancel() and not done.cancelled():
+                done.exception()  # it failed while something else ended the attempt
+            way.drop()
 
 
 def _explain(why: LinkClosed) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from quictunnel.quic.dial import dial
+from quictunnel.quic.dial import dial, resolve
 from quictunnel.quic.engine import ClientTrust, select_engine
 from quictunnel.quic.link import Link, LinkClosed, LinkOwner
 from quictunnel.quic.sockets import settle
@@ -249,7 +249,8 @@ async def intruder(pair: Pair) -> AsyncIterator[tuple[Link, Intruder]]:
     owner = Intruder()
     engine = select_engine(pair.engine)
     trust = ClientTrust(join.host, authority)
-    link = await dial(engine, join.host, join.port, trust, owner, WindowBudget(1 << 20), timeout=10)
+    (endpoint,) = await resolve(join.host, join.port, 10)
+    link = (await dial(engine, endpoint, trust, owner, WindowBudget(1 << 20), timeout=10)).link
     try:
         yield link, owner
     finally:

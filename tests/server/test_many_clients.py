@@ -260,7 +260,7 @@ def test_session_that_says_it_is_not_well_takes_nothing_until_it_is(on_each: Pla
         agents = [await ends.connected(backend) for backend in backends]
 
         def say(agent: Agent, healthy: bool) -> None:
-            for link in agent._links.values():
+            for link in agent.links:
                 link.send_control(Health(healthy, "" if healthy else "500 on /healthz"))
 
         say(agents[0], False)

@@ -1,9 +1,13 @@
 """ASGI applications for ``quictunnel connect tests.support.apps:app``."""
 
+import os
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
+from urllib.parse import parse_qs
 
 from quictunnel.wire.frames import Fields
+from tests.support.nonces import body_of
 
 Event = dict[str, Any]
 
@@ -31,6 +35,32 @@ async def app(scope: Event, receive: Callable[[], Awaitable[Event]], send: Calla
     for part in (scope["method"].encode() + b" " + target, b" " + host, b" " + body):
         await send({"type": "http.response.body", "body": part, "more_body": True})
     await send({"type": "http.response.body", "body": b""})
+
+
+async def heavy(
+    scope: Event, receive: Callable[[], Awaitable[Event]], send: Callable[[Event], Awaitable[None]]
+) -> None:
+    """Answers a request of ``nonces.Load``; the time that it asks for is spent computing: one process is soon full."""
+    assert scope["type"] == "http"
+    nonce = scope["path"].lstrip("/")
+    options = parse_qs(scope["query_string"].decode())
+    body, more = b"", True
+    while more:
+        event = await receive()
+        body += event.get("body", b"")
+        more = event.get("more_body", False)
+    until = time.thread_time() + int(options.get("wait", ["0"])[0]) / 1000
+    while time.thread_time() < until:
+        pass
+    intact = body == body_of(f"{nonce}/up", int(options.get("up", ["0"])[0]))
+    content = body_of(nonce, int(options.get("size", ["0"])[0]))
+    headers = [
+        (b"nonce", nonce.encode()),
+        (b"served-by", b"%d" % os.getpid()),
+        (b"content-length", b"%d" % len(content)),
+    ]
+    await send({"type": "http.response.start", "status": 200 if intact else 400, "headers": headers})
+    await send({"type": "http.response.body", "body": content})
 
 
 async def mirror(

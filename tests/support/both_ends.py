@@ -62,7 +62,7 @@ class BothEnds:
     @property
     def counts(self) -> dict[str, int]:
         """Everything of which something could be left."""
-        server, links = self.server, list(self.agent._closed)
+        server, links = self.server, self.agent.links
         session = next(iter(server.registry.sessions()))
         visitors = list(server.visitors._connections)
         return {

@@ -18,6 +18,7 @@ from quictunnel.exchange import Leg
 from quictunnel.http.visitor_connection import VisitorConnection
 from quictunnel.log import AccessLog
 from quictunnel.quic.engine import select_engine
+from quictunnel.quic.link import Link
 from quictunnel.quic.sockets import DatagramSocket
 from quictunnel.server.registry import RegistryLimits, Session
 from quictunnel.server.server import Server, ServerConfig
@@ -59,9 +60,9 @@ class Endpoint:
         """A datagram has come."""
         self._owner._received(data, source)
 
-    def refuse(self) -> None:
-        """Nobody listens where it is connected to."""
-        self._owner._note(ConnectionRefusedError(111, "refused"))
+    def fail(self, error: OSError) -> None:
+        """The kernel has something to say of what was sent."""
+        self._owner._note(error)
 
     def close(self) -> None:
         """The process that had it is gone."""
@@ -90,7 +91,7 @@ class Datagrams:
         if endpoint is not None:
             endpoint.deliver(data, source.address)
         elif self.tells and source.peer is not None and source.is_open:
-            source.refuse()
+            source.fail(ConnectionRefusedError(111, "refused"))
 
 
 class EndsLoop(ClockLoop):
@@ -293,6 +294,20 @@ class Ends:
     def kill_server(self) -> None:
         """It is gone and has told nobody."""
         self.network.endpoints[self.quic_address].close()
+
+    def part(self, link: Link) -> Callable[[], None]:
+        """Have nothing pass on one of the server's links, whatever address its client has; what joins it again."""
+        listener, send = self.server.links, link._send
+        known = {cid: each for cid, each in listener._links.items() if each is link}
+        for cid in known:
+            del listener._links[cid]
+        link._send = lambda data, address: None
+
+        def join() -> None:
+            listener._links.update(known)
+            link._send = send
+
+        return join
 
     @property
     def quic_address(self) -> Address:

@@ -367,12 +367,14 @@ class Load:
         return self.records[mine:]
 
     async def in_turn(self, count: int, visitors: int) -> list[Record]:
-        """``visitors`` at once, each with one request after the other, ``count`` in all."""
+        """``visitors`` at once, each with one request after the other, ``count`` in all or until ``stop``."""
         left = iter(range(count))
         mine = len(self.records)
 
         async def visitor() -> None:
             for _ in left:
+                if self._stopped.is_set():
+                    return
                 await self._one(self._record(time.monotonic()))
 
         try:

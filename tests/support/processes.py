@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
@@ -106,9 +106,21 @@ class Process:
     def signal(self, number: signal.Signals) -> None:
         self.popen.send_signal(number)
 
+    @property
+    def children(self) -> list[int]:
+        """The processes that it has forked, the oldest first."""
+        try:
+            return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+        except OSError:
+            return []
+
     def kill(self) -> None:
-        """End it with SIGKILL: it cannot say goodbye."""
+        """End it with SIGKILL, its children too: it cannot say goodbye."""
+        children = self.children
         self.popen.kill()
+        for pid in children:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.popen.wait(STOP_TIME)
 
     def stop(self, limit: float = STOP_TIME) -> int:

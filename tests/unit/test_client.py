@@ -10,8 +10,9 @@ import pytest
 from pydantic import SecretStr
 
 from quictunnel.app.connect import agent_config
-from quictunnel.client.agent import FIRST_RETRY, LONGEST_RETRY, AgentConfig, Backoff
+from quictunnel.client.agent import AgentConfig
 from quictunnel.client.fan_out import FanOut, host_rule
+from quictunnel.client.reach import FIRST_RETRY, LONGEST_RETRY, QUICK_FOR, QUICK_RETRY, Backoff
 from quictunnel.exchange import Leg
 from quictunnel.options import CommandError
 from quictunnel.quic.stream import StreamLeg
@@ -55,6 +56,22 @@ def test_success_makes_the_next_delay_short_again() -> None:
         backoff.delay()
     backoff.reset()
     assert backoff.delay() <= 0.2
+
+
+def test_server_that_has_not_been_away_for_long_is_tried_every_second_and_then_less_often() -> None:
+    now = 100.0
+    backoff = Backoff(lambda: now, quick_for=QUICK_FOR)
+    delays: list[tuple[float, float]] = []
+    while now < 400:
+        delay = backoff.delay()
+        delays.append((now - 100, delay))
+        now += delay
+    assert max(delay for at, delay in delays if at < QUICK_FOR) <= QUICK_RETRY == 1.0
+    assert LONGEST_RETRY / 2 <= delays[-1][1] <= LONGEST_RETRY
+    backoff.reset()
+    assert backoff.delay() <= FIRST_RETRY
+    now += 100
+    assert backoff.delay() <= 2 * FIRST_RETRY
 
 
 # FanOut

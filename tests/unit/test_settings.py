@@ -337,6 +337,31 @@ def test_switches(value: object, on: bool) -> None:
     assert values.parse_switch(value) is on
 
 
+@pytest.mark.parametrize(
+    ("value", "bounds"),
+    [("1", (1, 1)), (3, (3, 3)), ("2-5", (2, 5)), ("4-4", (4, 4)), ("auto", (1, 6)), ("64", (64, 64))],
+)
+def test_numbers_of_processes(value: object, bounds: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(6))
+    assert values.parse_processes(value) == bounds
+
+
+@pytest.mark.parametrize(
+    "value", ["", "0", "-1", "2-1", "1-", "-", "1-65", "65", "many", "1-2-3", "1.5", True, None, 0]
+)
+def test_no_numbers_of_processes(value: object) -> None:
+    with pytest.raises(ValueError, match=r"1-4|empty|text"):
+        values.parse_processes(value)
+
+
+def test_numbers_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(6))
+    assert [values.parse_workers(value) for value in ("auto", "1", 64)] == [6, 1, 64]
+    for value in ("0", "65", "1-2", "all", None, True):
+        with pytest.raises(ValueError, match="or auto, is needed"):
+            values.parse_workers(value)
+
+
 @given(st.text() | st.integers() | st.floats() | st.booleans() | st.none() | st.lists(st.text()))
 def test_garbage_is_a_value_error_and_nothing_else(value: object) -> None:
     for parse in (
@@ -351,6 +376,8 @@ def test_garbage_is_a_value_error_and_nothing_else(value: object) -> None:
         values.parse_path,
         values.parse_lines,
         lambda value: values.parse_whole(value, 1, 9),
+        values.parse_processes,
+        values.parse_workers,
     ):
         with contextlib.suppress(ValueError):
             parse(value)

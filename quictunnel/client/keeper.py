@@ -1,0 +1,166 @@
+"""One link as its client keeps it: pinged, moved to another socket when it falls silent, and known when it is dead."""
+
+import asyncio
+from contextlib import suppress
+from typing import Final, NamedTuple
+
+from loguru import logger
+
+from quictunnel.client.reach import Place
+from quictunnel.quic.dial import DialError, Way
+from quictunnel.quic.link import SUSPECT_AFTER, Link
+
+__all__ = ["Keeper", "Slot"]
+
+PING_EVERY: Final = 1.5
+FAST_PING_EVERY: Final = 0.25
+SLOWEST_ANSWER: Final = 0.5
+"seconds that an answer may take, or three round trips, before pings become fast"
+
+FAST_FOR: Final = 10.0
+"seconds of silence after which they become slow again: who has not come back by then is dialled"
+
+SILENT_AFTER: Final = 2.0
+MISSED_PINGS: Final = 4
+"a link is suspect after SUSPECT_AFTER seconds of silence in any case, after SILENT_AFTER if so many pings are missing"
+
+MOVE_AFTER: Final = 1.2
+MOVE_EVERY: Final = 2.0
+"seconds: of silence with a fast ping missing after which a link goes on over another socket, and then again"
+
+
+class Slot(NamedTuple):
+    """Which of a session's links it is."""
+
+    worker: int
+    "the server's process that it goes to"
+
+    number: int
+    "counted from 0 for each of them: what its hello says"
+
+
+class Keeper:
+    """A link that the server has welcomed, from then until it is closed."""
+
+    def __init__(self, way: Way, place: Place, slot: Slot) -> None:
+        self.way = way
+        self.link: Link = way.link
+        self.place = place
+        self.slot = slot
+        self.leaving = False
+        "whether another is to take its place though nothing is wrong with it: an end of it drains"
+
+        self.since = asyncio.get_running_loop().time()
+        self.healed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        "done when it is heard again after it was suspect; a new one each time that it becomes so"
+
+        self._loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()  # for who watches over its slot
+        self._woken = asyncio.Event()  # for its own task
+        self._pings: list[float] = []  # sent, of late
+        self._pinged_at = self.since
+        self._moved_at = 0.0
+        self._has_trouble = False
+        self._suspect = False
+        way.on_trouble = self._trouble
+
+    @property
+    def suspect(self) -> bool:
+        """Whether it has been silent for so long that another takes its place."""
+        return self._suspect
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing has to take its place."""
+        return not (self.leaving or self._suspect or self.link.draining or self.link.closed is not None)
+
+    async def changed(self) -> None:
+        """Wait until it is not good any more, or was told to be looked at."""
+        await self._changed.wait()
+        self._changed.clear()
+
+    def look(self) -> None:
+        """Have who waits for ``changed`` look."""
+        self._changed.set()
+
+    def wake(self) -> None:
+        """Something was said of the link that must not wait for the next ping: it was closed, or refused."""
+        self._woken.set()
+
+    def _trouble(self) -> None:
+        self._has_trouble = True
+        self._woken.set()
+
+    # Its life
+
+    async def tend(self) -> None:
+        """Ping it and judge its silence until it is closed."""
+        link = self.link
+        while link.closed is None:
+            self._judge()
+            if self._must_move():
+                await self._move()
+            await self._sleep()
+        self.look()
+
+    async def _sleep(self) -> None:
+        """Until the next ping is due, or the answer to the last one is."""
+        due = self._pinged_at + PING_EVERY
+        missing = self._missing()
+        if missing and self.link.silent_for() < FAST_FOR:
+            due = min(due, max(missing[0] + self._answer_time(), self._pinged_at + FAST_PING_EVERY))
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(due):
+                await self._woken.wait()
+        self._woken.clear()
+        if self.link.closed is None and self._loop.time() >= due:
+            self.link.end_stalled()
+            self._ping()
+
+    def _ping(self) -> None:
+        self._pinged_at = self._loop.time()
+        self._pings = [*self._missing(), self._pinged_at]
+        self.link.ping()
+
+    def _missing(self) -> list[float]:
+        """When the pings were sent that nothing was heard after."""
+        heard = self.link.heard_at
+        return [at for at in self._pings if at >= heard]
+
+    def _answer_time(self) -> float:
+        return max(3 * (self.link.round_trip or 0.0), SLOWEST_ANSWER)
+
+    # What its silence means
+
+    def _judge(self) -> None:
+        silent = self.link.silent_for()
+        missed = len([at for at in self._missing() if at <= self._loop.time() - FAST_PING_EVERY])
+        suspect = silent > SUSPECT_AFTER or (silent > SILENT_AFTER and missed >= MISSED_PINGS)
+        if suspect and not self._suspect:
+            why = "nobody listens there" if self.link.refused else f"silent for {silent:.1f} s"
+            logger.warning("= link {} to the server is suspect ({}): dialling beside it", self.slot.number, why)
+            self.healed = self._loop.create_future()
+            self._suspect = True
+            self.look()
+        elif self._suspect and not suspect:
+            logger.info("= link {} to the server is heard again", self.slot.number)
+            self._suspect = False
+            if not self.healed.done():
+                self.healed.set_result(None)
+
+    def _must_move(self) -> bool:
+        if self._loop.time() - self._moved_at < (MOVE_EVERY if not self._has_trouble else FAST_PING_EVERY):
+            return False
+        if self._has_trouble:
+            return True
+        # Of the pings that are missing the last one may have been sent just now. And where nobody listens, another
+        # socket is none the better for it.
+        return not self.link.refused and self.link.silent_for() >= MOVE_AFTER and len(self._missing()) > 1
+
+    async def _move(self) -> None:
+        self._moved_at = self._loop.time()
+        self._has_trouble = False
+        try:
+            await self.way.move()
+        except DialError as error:
+            logger.debug("= link {} to the server has no other way: {}", self.slot.number, error)
