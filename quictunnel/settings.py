@@ -197,6 +197,9 @@ class ServeSettings(LogSettings):
     retry: Annotated[Literal["auto", "always", "never"], Word, Option("auto|always|never")] = _default(
         "auto", "when a client's address is validated by Retry; auto: when many handshakes are half open"
     )
+    takeover: Switch = _default(
+        False, "serve in the place of the server that runs with the state directory; nothing is dropped"
+    )
     grace: Duration = _default("30s", "how long requests in flight may take to finish after SIGTERM")
 
     head_size: Annotated[int, _size(1024, 2**24), LIMITS, Option("SIZE")] = _default(

@@ -14,12 +14,14 @@ from quictunnel import __version__
 from quictunnel.app.identity import WILDCARDS, Identity, identity_of, outward_address
 from quictunnel.app.process import calm_collector, choose_engine, raise_file_limit, say, stop_signals
 from quictunnel.app.reload import Reloader, logs_requests, server_config
+from quictunnel.app.takeover import Addresses, Inherited, take_over
 from quictunnel.http.tls import quiet_names
 from quictunnel.log import AccessLog
 from quictunnel.options import CommandError
 from quictunnel.quic.engine import Engine
 from quictunnel.quic.sockets import settle
 from quictunnel.server.admin import Admin
+from quictunnel.server.handover import Handover
 from quictunnel.server.server import Server
 from quictunnel.server.status import Status
 from quictunnel.settings import ServeSettings
@@ -51,9 +53,18 @@ async def serve(settings: ServeSettings, again: Callable[[], ServeSettings] | No
         announce(settings, engine, tokens, identity, server)
 
     reloader = Reloader(settings, again or (lambda: settings), server, tokens, access, identity, tell)
+    # Only now: what cannot be is found out before anything of a running server is touched.
+    inherited = _inherit(settings) if settings.takeover else None
     with stop_signals() as stopped, _hang_up(reloader.reload), quiet_names():
-        await server.start()
-        admin = _open_door(settings, engine, server)
+        if inherited is None:
+            await server.start()
+        else:
+            try:
+                await inherited.begin(server)
+            except BaseException:
+                server.close()
+                raise
+        admin = _open_door(settings, engine, server, stopped.set)
         tell(settings, identity)
         calm_collector()
         renewal = asyncio.get_running_loop().create_task(_renew(reloader))
@@ -119,10 +130,32 @@ def _local_join(directory: Path, tokens: TokenStore, address: str, pin: bytes) -
     return join
 
 
-def _open_door(settings: ServeSettings, engine: Engine, server: Server) -> Admin:
-    """The owner's door. A server without one serves all the same."""
-    facts = {"worker": 0, "workers": 1, "version": __version__, "engine": engine.name, "domain": settings.domain}
-    admin = Admin(settings.state_dir, {"status": Status(server, facts).answer})
+def _inherit(settings: ServeSettings) -> Inherited | None:
+    """What the running server leaves to this one. Raises CommandError."""
+    addresses = Addresses(settings.http, settings.https, settings.quic)
+    found = take_over(settings.state_dir, addresses)
+    if not found:
+        logger.info("= there is no server to take over from in {}: starting anew", settings.state_dir)
+        return None
+    return found[0]
+
+
+def _open_door(settings: ServeSettings, engine: Engine, server: Server, end: Callable[[], None]) -> Admin:
+    """The owner's door. A server without one serves all the same. ``end`` is called when another process serves."""
+    facts = {
+        "worker": 0,
+        "workers": 1,
+        "version": __version__,
+        "engine": engine.name,
+        "domain": settings.domain,
+        "listens": {
+            name: None if address is None else _joined(*address)
+            for name, address in (("http", settings.http), ("https", settings.https), ("quic", settings.quic))
+        },
+    }
+    status = Status(server, facts)
+    verbs = {"about": status.answer_about, "status": status.answer, "takeover": Handover(server, end).answer}
+    admin = Admin(settings.state_dir, verbs)
     try:
         admin.start()
     except OSError as error:

@@ -8,7 +8,7 @@ never end then takes the time of each other, and one that is in earnest needs on
 import asyncio
 import errno
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from loguru import logger
@@ -61,14 +61,30 @@ class TlsListener:
         """How many handshakes are under way."""
         return len(self._handshakes)
 
-    async def start(self, host: str, port: int, *, reuse_port: bool = False) -> list[tuple[str, int]]:
-        """Listen; the addresses bound. Raises OSError."""
+    @property
+    def sockets(self) -> list[socket.socket]:
+        """Those that it listens at."""
+        return list(self._sockets)
+
+    async def start(
+        self, host: str, port: int, *, reuse_port: bool = False, sockets: Sequence[socket.socket] = ()
+    ) -> list[tuple[str, int]]:
+        """Listen, at ``sockets`` if there are any, which do so already; the addresses bound. Raises OSError."""
+        if sockets:
+            self._sockets = list(sockets)
+        else:
+            await self._bind(host, port, reuse_port)
+        for sock in self._sockets:
+            sock.setblocking(False)
+            self._listen(sock)
+        return [sock.getsockname()[:2] for sock in self._sockets]
+
+    async def _bind(self, host: str, port: int, reuse_port: bool) -> None:
         found = await self._loop.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         try:
             for family, kind, protocol, _, address in dict.fromkeys(found):
                 sock = socket.socket(family, kind, protocol)
                 self._sockets.append(sock)
-                sock.setblocking(False)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 if reuse_port:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -80,9 +96,6 @@ class TlsListener:
         except OSError:
             self.close()
             raise
-        for sock in self._sockets:
-            self._listen(sock)
-        return [sock.getsockname()[:2] for sock in self._sockets]
 
     def drain(self) -> None:
         """Accept no more; handshakes under way go on."""

@@ -2,7 +2,8 @@
 
 import asyncio
 import ipaddress
-from collections.abc import Callable, Iterable
+import socket
+from collections.abc import Callable, Iterable, Sequence
 from email.utils import formatdate
 from typing import Final, TypeAlias
 
@@ -88,11 +89,17 @@ class VisitorListener:
                 server.handshake_time, server.shutdown_time = limits.head_time, limits.write_idle_time
 
     async def start(
-        self, host: str, port: int, *, tls: VisitorTls | None = None, reuse_port: bool = False
+        self,
+        host: str,
+        port: int,
+        *,
+        tls: VisitorTls | None = None,
+        reuse_port: bool = False,
+        sockets: Sequence[socket.socket] = (),
     ) -> list[tuple[str, int]]:
         """Listen on one more address; the addresses bound, more than one for a host that has several.
 
-        Raises OSError for an address that cannot be bound.
+        ``sockets`` that listen at it already are taken over. Raises OSError for an address that cannot be bound.
         """
         if tls is not None:
             listener = TlsListener(
@@ -104,7 +111,12 @@ class VisitorListener:
                 on_idle=self._look_if_empty,
             )
             self._servers.append(listener)
-            return await listener.start(host, port, reuse_port=reuse_port)
+            return await listener.start(host, port, reuse_port=reuse_port, sockets=sockets)
+        if sockets:
+            for sock in sockets:
+                server = await self.loop.create_server(lambda: VisitorConnection(self), sock=sock, backlog=_BACKLOG)
+                self._servers.append(server)
+            return [sock.getsockname()[:2] for sock in sockets]
         server = await self.loop.create_server(
             lambda: VisitorConnection(self), host, port, backlog=_BACKLOG, reuse_port=reuse_port or None
         )
@@ -120,6 +132,15 @@ class VisitorListener:
     def idle_time(self) -> float:
         """How long, in seconds, a connection stays on which nothing happens."""
         return self.linger_time if self.draining else self.limits.idle_time
+
+    def sockets(self, *, tls: bool) -> list[int]:
+        """The descriptors of the sockets it listens at, with or without TLS."""
+        return [
+            sock.fileno()
+            for server in self._servers
+            if isinstance(server, TlsListener) == tls
+            for sock in server.sockets
+        ]
 
     def drain(self) -> None:
         """Accept no more, and let each connection's current exchange, or the next one if it comes soon, be its last."""

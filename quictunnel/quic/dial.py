@@ -87,9 +87,7 @@ class Way:
         "called when what was sent cannot have left this machine"
 
         self._socket: DatagramSocket | None = None
-        self._before: DatagramSocket | None = (
-            None  # until something comes by the new one: it may be the better
-        )
+        self._before: DatagramSocket | None = None  # until something comes by the new one: it may be the better
 
     @property
     def sockets(self) -> int:

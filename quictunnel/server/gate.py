@@ -65,6 +65,7 @@ class Gate(LinkOwner):
         self._refused: dict[Link, asyncio.TimerHandle] = {}  # until when they may read why
         self._asked: set[Link] = set()  # have had the authority's certificate
         self.draining = False
+        self._retry_after = 1.0
         self.on_accepted: Callable[[Link], None] = lambda link: None
 
     # What links tell
@@ -156,7 +157,7 @@ class Gate(LinkOwner):
     def _admit(self, hello: Hello) -> Grant:
         """What the client may serve. Raises _Refused."""
         if self.draining:
-            raise _Refused("draining", "the server is stopping", retry_after=1.0)
+            raise _Refused("draining", "the server is stopping", retry_after=self._retry_after)
         if hello.version != VERSION:
             raise _Refused(
                 "version", f"the server speaks version {VERSION} of the protocol, the client {hello.version}"
@@ -255,12 +256,19 @@ class Gate(LinkOwner):
             link.draining = True
             self._refuse(link, message)
 
-    def drain_all(self) -> None:
-        """Tell every client that nothing new comes."""
+    def drain_all(self, retry_after: float = 1.0) -> None:
+        """Tell every client to dial anew; who comes here all the same is told to try again after so many seconds."""
+        if self.draining:
+            return
         self.draining = True
+        self._retry_after = retry_after
         for session in self._registry.sessions():
             for link in session.links.values():
                 link.send_control(Drain())
+
+    def go_on(self) -> None:
+        """Take clients in as before."""
+        self.draining = False
 
     def _refuse(self, link: Link, message: Refuse) -> None:
         if link.closed is None and link not in self._refused:

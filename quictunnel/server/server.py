@@ -1,12 +1,14 @@
 """A running server: the public side, the clients' side, and the two lives of a process between start and stop."""
 
 import asyncio
-from collections.abc import Awaitable
+import socket
+from collections.abc import Awaitable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from loguru import logger
 
@@ -15,6 +17,7 @@ from quictunnel.http.visitor import VisitorLimits, VisitorListener
 from quictunnel.log import AccessLog
 from quictunnel.quic.engine import Engine, ServerIdentity
 from quictunnel.quic.listen import LinkListener
+from quictunnel.quic.succession import Predecessor
 from quictunnel.server.entry import ProxyEntry
 from quictunnel.server.gate import Gate
 from quictunnel.server.probes import Prober
@@ -25,7 +28,10 @@ from quictunnel.wire.control import Authority
 from quictunnel.wire.credit import WindowBudget
 from quictunnel.wire.fields import tunnel_name
 
-__all__ = ["Server", "ServerConfig"]
+__all__ = ["Known", "Server", "ServerConfig", "Sockets"]
+
+_LOOK_EVERY: Final = 0.02
+"seconds"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +61,25 @@ class ServerConfig:
 
     visitors: VisitorLimits = field(default_factory=VisitorLimits)
     registry: RegistryLimits = field(default_factory=RegistryLimits)
+
+
+class Sockets(NamedTuple):
+    """What a server listens at, when another process has opened it."""
+
+    http: list[socket.socket]
+    https: list[socket.socket]
+    quic: socket.socket
+
+
+class Known(NamedTuple):
+    """A tunnel that a server knows, as its successor hears of it."""
+
+    name: str
+    lost: float | None
+    "for how many seconds it has had no client"
+
+    sessions: list[str]
+    "the keys of its sessions that were heard lately"
 
 
 class Server:
@@ -106,19 +131,31 @@ class Server:
 
     async def start(self) -> None:
         """Bind all ports. Raises OSError with the address in its text."""
+        await self.start_links()
+        await self.start_visitors()
+
+    async def start_links(self, sockets: Sockets | None = None, before: Predecessor | None = None) -> None:
+        """Take clients in; what comes for links of ``before`` is passed on to it. Raises OSError as ``start``."""
+        quic = self._config.quic
+        self.links.predecessor = before
+        starting = self.links.start(*quic, sock=None if sockets is None else sockets.quic)
+        self.quic_address = await _bound(starting, "--quic", quic)
+        self._tick()
+
+    async def start_visitors(self, sockets: Sockets | None = None) -> None:
+        """Take visitors in. Raises OSError as ``start``, and then all is closed."""
         config = self._config
-        self.quic_address = await _bound(self.links.start(*config.quic), "--quic", config.quic)
+        http, https, _ = sockets or ((), (), None)
         try:
-            addresses = await _bound(self.visitors.start(*config.http), "--http", config.http)
+            addresses = await _bound(self.visitors.start(*config.http, sockets=http), "--http", config.http)
             self.http_address = addresses[0]
             if config.https is not None:
-                addresses = await _bound(self.visitors.start(*config.https, tls=self._tls), "--https", config.https)
+                starting = self.visitors.start(*config.https, tls=self._tls, sockets=https)
+                addresses = await _bound(starting, "--https", config.https)
                 self.https_address = addresses[0]
         except OSError:
-            self.visitors.drain()
-            self.links.close()
+            self.close()
             raise
-        self._tick()
 
     def public_urls(self, name: str) -> list[str]:
         """Where visitors find the tunnel of that name, the best way first."""
@@ -130,13 +167,22 @@ class Server:
             urls.insert(0, f"https://{host}" + ("" if port == 443 else f":{port}"))
         return urls
 
+    # The end
+
     async def stop(self, grace: float) -> None:
         """Stop unnoticed: no new work, then what is under way ends within ``grace`` seconds, then the links."""
         logger.info("= stopping: {} requests in flight get up to {:g} s", self.visitors.in_flight, grace)
+        deadline = self._loop.time() + grace
         self.draining = True
         self.visitors.drain()
         self.gate.drain_all()
         await self.visitors.wait_idle(grace)
+        before = self.links.predecessor
+        if before is not None:
+            # What is sent to that one comes by way of us.
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(deadline):
+                    await before.gone.wait()
         self.close()
 
     def close(self) -> None:
@@ -148,6 +194,41 @@ class Server:
         self.gate.close()
         self.links.close()
         self._access.close()
+
+    # One server takes over from another
+
+    def known(self) -> list[Known]:
+        """What a successor has to know before visitors come to it."""
+        now = self._loop.time()
+        return [
+            Known(
+                tunnel.name,
+                None if tunnel.lost_at is None or tunnel.sessions else now - tunnel.lost_at,
+                [each.key for each in tunnel.sessions.values() if not each.is_suspect() and not each.is_leaving()],
+            )
+            for tunnel in self.registry.tunnels.values()
+        ]
+
+    async def succeed(self, known: Collection[Known], limit: float) -> int:
+        """Wait until the sessions of the server before this one have come here, for up to ``limit`` seconds.
+
+        Its tunnels are known here from now on. How many sessions have not come.
+        """
+        now = self._loop.time()
+        for tunnel in known:
+            self.registry.remember(tunnel.name, now - (tunnel.lost or 0.0))
+        missing = [(tunnel.name, key) for tunnel in known for key in tunnel.sessions]
+        deadline = now + limit
+        while missing and self._loop.time() < deadline:
+            await asyncio.sleep(_LOOK_EVERY)
+            missing = self._not_here(missing)
+        return len(missing)
+
+    def _not_here(self, sessions: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        tunnels = self.registry.tunnels
+        return [
+            (name, key) for name, key in sessions if name not in tunnels or tunnels[name].session_of_key(key) is None
+        ]
 
     def _tick(self) -> None:
         """The server's only clock: each part looks at what has become late."""
