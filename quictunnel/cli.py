@@ -44,6 +44,7 @@ from quictunnel.settings import (
     StatusSettings,
     TokenCreateSettings,
     TokenListSettings,
+    TokenReleaseSettings,
     TokenRevokeSettings,
 )
 from quictunnel.trust.files import TrustError, read_bounded
@@ -51,6 +52,12 @@ from quictunnel.trust.files import TrustError, read_bounded
 __all__ = ["main"]
 
 L = TypeVar("L", bound=LogSettings)
+
+_SHOWN: Final = 3
+"names that a token holds, in a table"
+
+_BOOK_WAIT: Final = 5.0
+"seconds to wait for a server that is writing the book of names"
 
 INTERRUPTED: Final = 130
 "128 + SIGINT, as shells have it"
@@ -98,6 +105,10 @@ def _failed(text: str, status: int) -> int:
 
 
 def _serve(settings: ServeSettings, again: Callable[[], ServeSettings]) -> int:
+    if settings.workers > 1:
+        from quictunnel.app.workers import serve_workers
+
+        return _fork_logged(lambda settings, run: serve_workers(settings, again, run), settings)
     from quictunnel.app.serve import serve
 
     return _run_logged(lambda settings: serve(settings, again), settings)
@@ -199,9 +210,10 @@ def _token_create(settings: TokenCreateSettings) -> int:
     expires = parse_duration(settings.expires)
     now = datetime.now(UTC)
     with _bad_values_are_usage():
-        new = TokenStore(settings.state_dir).create(settings.tunnel, expires, now, note=settings.note)
+        new = TokenStore(settings.state_dir).create(settings.tunnel, expires, now, settings.host, settings.note)
     until = "for ever" if expires is None else f"until {now + expires:%Y-%m-%d %H:%M} UTC"
-    print(f"token {new.id}, good for {', '.join(settings.tunnel)} {until}; it is shown only now:", file=sys.stderr)
+    scope = ", ".join([*settings.tunnel, *settings.host])
+    print(f"token {new.id}, good for {scope} {until}; it is shown only now:", file=sys.stderr)
     print(new.secret)
     join = _join_string(settings.state_dir, new.secret)
     if join:
@@ -225,11 +237,14 @@ def _token_list(settings: TokenListSettings) -> int:
 
     store, now = TokenStore(settings.state_dir), datetime.now(UTC)
     store.load()
+    holdings = _holdings(settings.state_dir)
     rows: list[dict[str, Any]] = [
         {
             "id": token.id,
             "state": token.state(now),
             "tunnels": token.tunnels,
+            "hosts": token.hosts,
+            "holds": holdings.get(token.id, []),
             "created": token.created.isoformat(timespec="seconds"),
             "expires": token.expires.isoformat(timespec="seconds") if token.expires else None,
             "note": token.note,
@@ -239,12 +254,29 @@ def _token_list(settings: TokenListSettings) -> int:
     if settings.json_:
         print(json.dumps(rows, indent=2))
     else:
-        _print_table(("ID", "STATE", "TUNNELS", "EXPIRES", "NOTE"), [_token_row(row) for row in rows])
+        _print_table(("ID", "STATE", "TUNNELS", "HOSTS", "HOLDS", "EXPIRES", "NOTE"), [_token_row(row) for row in rows])
     return 0
 
 
 def _token_row(row: Mapping[str, Any]) -> tuple[str, ...]:
-    return row["id"], row["state"], ",".join(row["tunnels"]), row["expires"] or "never", row["note"]
+    holds = row["holds"][:_SHOWN]
+    if len(row["holds"]) > _SHOWN:
+        holds.append(f"+{len(row['holds']) - _SHOWN}")
+    lists = (",".join(names) or "-" for names in (row["tunnels"], row["hosts"], holds))
+    return row["id"], row["state"], *lists, row["expires"] or "never", row["note"]
+
+
+def _holdings(state_dir: Path) -> dict[str, list[str]]:
+    """The names and hosts that each token holds."""
+    from quictunnel.trust.owners import FILE_NAME, Owners
+
+    found: dict[str, list[str]] = {}
+    if (state_dir / FILE_NAME).exists():
+        owners = Owners(state_dir, wait=_BOOK_WAIT)
+        for held in owners.all():
+            found.setdefault(held.token, []).append(held.name)
+        owners.close()
+    return found
 
 
 def _print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
@@ -258,6 +290,22 @@ def _token_revoke(settings: TokenRevokeSettings) -> int:
 
     token = TokenStore(settings.state_dir).revoke(settings.id, datetime.now(UTC))
     print(f"token {token.id} is revoked; a running server ends its sessions within 5 seconds")
+    return 0
+
+
+def _token_release(settings: TokenReleaseSettings) -> int:
+    from quictunnel.trust.owners import FILE_NAME, Owners
+
+    released = []
+    if (settings.state_dir / FILE_NAME).exists():
+        owners = Owners(settings.state_dir, wait=_BOOK_WAIT)
+        released = owners.release(settings.name)
+        owners.close()
+    if not released:
+        raise CommandError(f"no token holds {settings.name}; `quictunnel token list` shows what each one holds")
+    for held in released:
+        what = "tunnel" if held.kind == "tunnel" else "host"
+        print(f"{what} {held.name} was token {held.token}'s, and is whoever's registers it first")
     return 0
 
 
@@ -313,6 +361,7 @@ _COMMANDS: Final[Mapping[str, _Command | _Group]] = {
             "create": _Command(TokenCreateSettings, _token_create, "make a token, shown once"),
             "list": _Command(TokenListSettings, _token_list, "list tokens, without their secrets"),
             "revoke": _Command(TokenRevokeSettings, _token_revoke, "make a token useless"),
+            "release": _Command(TokenReleaseSettings, _token_release, "take a name or a host from its token"),
         },
         "say who may serve which tunnels",
     ),

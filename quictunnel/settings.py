@@ -14,6 +14,7 @@ from quictunnel.values import (
     Network,
     Range,
     parse_address,
+    parse_addresses,
     parse_domain,
     parse_duration,
     parse_host_header,
@@ -27,6 +28,7 @@ from quictunnel.values import (
     parse_text,
     parse_whole,
     parse_word,
+    parse_workers,
     split_list,
 )
 
@@ -42,6 +44,7 @@ __all__ = [
     "StatusSettings",
     "TokenCreateSettings",
     "TokenListSettings",
+    "TokenReleaseSettings",
     "TokenRevokeSettings",
 ]
 
@@ -83,6 +86,19 @@ def _parse_tunnel_name(value: object) -> str:
     from quictunnel.wire.names import normalise_tunnel_name
 
     return normalise_tunnel_name(parse_text(value))
+
+
+def _parse_owned_name(value: object) -> str:
+    from quictunnel.wire.names import normalise_host_pattern, normalise_tunnel_name
+
+    text = parse_text(value)
+    return normalise_tunnel_name(text) if text.isdigit() else normalise_host_pattern(text)
+
+
+def _parse_hosts(value: object) -> tuple[str, ...]:
+    from quictunnel.wire.names import normalise_host_pattern
+
+    return tuple(dict.fromkeys(normalise_host_pattern(item) for item in split_list(value)))
 
 
 def _check_backend(value: object) -> str:
@@ -127,6 +143,11 @@ Listen = Annotated[Address, BeforeValidator(parse_listen_address), Option("HOST:
 ListenToo = Annotated[Address | None, _optional(parse_listen_address), Option("HOST:PORT")]
 Dial = Annotated[
     Address | None, _optional(lambda value: parse_address(value, DEFAULT_QUIC_PORT)), Option("HOST[:PORT]")
+]
+Servers = Annotated[
+    tuple[Address, ...],
+    BeforeValidator(lambda value: parse_addresses(value, DEFAULT_QUIC_PORT)),
+    Option("HOST[:PORT],…"),
 ]
 Duration = Annotated[float, BeforeValidator(parse_duration), Option("TIME")]
 DurationOrNone = Annotated[
@@ -201,6 +222,9 @@ class ServeSettings(LogSettings):
         False, "serve in the place of the server that runs with the state directory; nothing is dropped"
     )
     grace: Duration = _default("30s", "how long requests in flight may take to finish after SIGTERM")
+    workers: Annotated[int, BeforeValidator(parse_workers), Option("N|auto")] = _default(
+        "1", "server processes that share the ports, each with an equal part of the limits; auto: one on each processor"
+    )
 
     head_size: Annotated[int, _size(1024, 2**24), LIMITS, Option("SIZE")] = _default(
         "64KiB", "request line and header section"
@@ -218,6 +242,9 @@ class ServeSettings(LogSettings):
     )
     max_in_flight: Annotated[int, _whole(1, 1_000_000), LIMITS, Option("N")] = _default(
         4096, "requests in flight per tunnel"
+    )
+    max_names: Annotated[int, _whole(1, 100_000), LIMITS, Option("N")] = _default(
+        1000, "tunnel names and custom hosts that one token may hold"
     )
     slot_wait: Annotated[Duration, LIMITS] = _default("5s", "how long a request may wait for a free stream")
     hold: Annotated[DurationOrNone, LIMITS] = _default(
@@ -261,8 +288,21 @@ class ConnectSettings(LogSettings):
     join: Annotated[Secret, _optional(_check_join_string)] = _default(
         None, "the join string that serve printed: address, CA pin and token in one"
     )
-    server: Dial = _default(None, f"the server (default: the join string's, or 127.0.0.1:{DEFAULT_QUIC_PORT})")
+    server: Servers = _default(
+        (),
+        "the server, or several in the order in which they are tried; may be repeated "
+        f"(default: the join string's, or 127.0.0.1:{DEFAULT_QUIC_PORT})",
+    )
     tunnel: TunnelName = _default(None, "the public name (default: what the server gives)")
+    host: Annotated[tuple[str, ...], BeforeValidator(_parse_hosts), Option("HOST")] = _default(
+        (), "a host of your own beside the name, such as app.example.com or *.example.com; may be repeated"
+    )
+    weight: Annotated[int, _whole(1, 1000), Option("N")] = _default(
+        1, "how much of the load this client takes in relation to the tunnel's others"
+    )
+    sticky: Annotated[Literal["cookie", "ip"] | None, _optional(parse_word), Option("cookie|ip")] = _default(
+        None, "keep a visitor with one of the tunnel's clients, by a cookie or by its address (default: no)"
+    )
     state_dir: Directory = _state_dir("where a server on the same machine keeps its certificates and tokens")
     config: File = _default(None, "read options from this TOML file's [connect] table")
     token: Secret = _default(None, "a token instead of the join string's; better given as QUICTUNNEL_TOKEN")
@@ -409,6 +449,9 @@ class TokenCreateSettings(_TokenSettings):
     tunnel: Annotated[Texts, MinLen(1), Option("PATTERN")] = _required(
         "the tunnel names it is good for, such as app or 'team-*'; may be repeated"
     )
+    host: Annotated[Texts, Option("PATTERN")] = _default(
+        (), "the custom hosts it is good for, such as app.example.com or '*.example.com'; may be repeated"
+    )
     expires: Annotated[str, BeforeValidator(_check_expiry), Option("AGE")] = _default(
         "never", "how long it is good for: 90m, 12h, 30d, 2w, 1d12h or never"
     )
@@ -425,3 +468,11 @@ class TokenRevokeSettings(_TokenSettings):
     """Options of ``quictunnel token revoke``."""
 
     id: Annotated[Text, Option("ID", positional=True)] = _required("as shown by list")
+
+
+class TokenReleaseSettings(_TokenSettings):
+    """Options of ``quictunnel token release``."""
+
+    name: Annotated[str, BeforeValidator(_parse_owned_name), Option("NAME", positional=True)] = _required(
+        "a tunnel's name or a custom host that a token holds, as shown by list"
+    )

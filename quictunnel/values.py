@@ -18,6 +18,7 @@ __all__ = [
     "Network",
     "Range",
     "parse_address",
+    "parse_addresses",
     "parse_domain",
     "parse_duration",
     "parse_host_header",
@@ -39,6 +40,9 @@ Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 LONGEST_DURATION: Final = 366 * 86400.0
 "seconds; timers of the event loop take no more than a few years"
+
+ADDRESSES_LIMIT: Final = 16
+"of servers to choose from"
 
 _UNITS: Final = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|)", re.ASCII)
@@ -119,6 +123,28 @@ def parse_address(text: object, default_port: int) -> Address:
         return text
     host, port = _host_and_port(parse_text(text))
     return Address(host, default_port if port is None else _port(port, lowest=1))
+
+
+def parse_addresses(value: object, default_port: int) -> tuple[Address, ...]:
+    """Addresses to dial, each once; of a text what commas separate."""
+    if isinstance(value, Address):
+        return (value,)
+    items = value if isinstance(value, list | tuple) else [value]
+    texts = [each for item in items for each in ([item] if isinstance(item, Address) else split_list(item))]
+    if items and not texts:
+        raise ValueError("the value is empty")
+    if len(texts) > ADDRESSES_LIMIT:
+        raise ValueError(f"{len(texts)} addresses are too many: at most {ADDRESSES_LIMIT} are taken")
+    found: dict[Address, None] = {}
+    for text in texts:
+        try:
+            address = parse_address(text, default_port)
+        except ValueError as error:
+            raise ValueError(f"{text}: {error}" if len(texts) > 1 else str(error)) from None
+        if address in found:
+            raise ValueError(f"{address} stands there twice")
+        found[address] = None
+    return tuple(found)
 
 
 def parse_duration(value: object) -> float:

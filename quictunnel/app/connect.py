@@ -14,11 +14,13 @@ from quictunnel.app.supervise import Parent
 from quictunnel.client.agent import Agent, AgentConfig, FinalRefusal
 from quictunnel.client.choose import open_backend
 from quictunnel.client.fan_out import Backend, FanOut, host_rule
+from quictunnel.client.reach import Place
 from quictunnel.options import CommandError
 from quictunnel.settings import ConnectSettings
 from quictunnel.trust.certificates import load_authorities
 from quictunnel.trust.files import read_bounded
 from quictunnel.trust.join import LOCAL_JOIN, TEXT_LIMIT, JoinString
+from quictunnel.values import Address
 from quictunnel.wire.control import CONNECT_CAPABILITY, Welcome
 from quictunnel.wire.credit import WindowBudget
 
@@ -92,27 +94,27 @@ def agent_config(settings: ConnectSettings) -> AgentConfig:
     elif settings.token is None or settings.ca is None:
         join = _local_join(settings)
     token = settings.token.get_secret_value() if settings.token is not None else join.token if join is not None else ""
-    if settings.server is not None:
-        host, port = settings.server
-    elif join is not None:
-        host, port = join.host, join.port
-    else:
-        host, port = "127.0.0.1", 4433
+    addresses = settings.server or (Address(join.host, join.port) if join is not None else Address("127.0.0.1", 4433),)
+    first, *others = (Place(host, port, settings.server_name or host) for host, port in addresses)
     authority, pin = None, None
     if settings.ca is None:
         pin = join.ca_pin if join is not None else None
     elif isinstance(settings.ca, Path):
         authority = load_authorities(settings.ca, datetime.now(UTC))
     return AgentConfig(
-        host=host,
-        port=port,
-        server_name=settings.server_name or host,
+        host=first.host,
+        port=first.port,
+        server_name=first.server_name,
         token=token,
         tunnel=settings.tunnel or "",
         authority=authority,
         pin=pin,
         max_links=settings.max_links,
         capabilities=(CONNECT_CAPABILITY,) if settings.allow_connect else (),
+        others=tuple(others),
+        hosts=settings.host,
+        weight=settings.weight,
+        sticky=settings.sticky or "",
     )
 
 
@@ -127,7 +129,7 @@ def _local_join(settings: ConnectSettings) -> JoinString:
         pass
     if settings.ca is not None:
         raise CommandError("which token? give --token, or --join with the string that the server prints")
-    if settings.server is not None or settings.token is not None:
+    if settings.server or settings.token is not None:
         raise CommandError("whom to trust? give --join with the string that the server prints, or --ca FILE or system")
     raise CommandError(
         "which server? give --join with the string that `quictunnel serve` prints on the other machine "

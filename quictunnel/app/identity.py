@@ -25,7 +25,7 @@ class Identity(NamedTuple):
     pin: bytes | None
 
     issuer: Issuer | None
-    "of certificates for single tunnels, where the server's own cannot be for all of them"
+    "of certificates for single tunnels and custom hosts, which the server's own cannot be for"
 
 
 def identity_of(settings: ServeSettings, quic_host: str) -> Identity:
@@ -36,8 +36,7 @@ def identity_of(settings: ServeSettings, quic_host: str) -> Identity:
         if ensured.changed:
             logger.info("issued the server certificate {}: {}", ensured.certificate, ensured.reason)
         files = ServerIdentity(str(ensured.certificate), str(ensured.key))
-        # No wildcard is for the names below a domain of one label: see http.tls.
-        issuer = Issuer(settings.state_dir, now) if settings.https is not None and "." not in settings.domain else None
+        issuer = Issuer(settings.state_dir, now) if settings.https is not None else None
         return Identity(files, ensured.authority.read_text("ascii"), ensured.pin, issuer)
     described = check_pair(settings.cert, settings.key, now)
     if described.days_left < 14:

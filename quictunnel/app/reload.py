@@ -42,6 +42,7 @@ _LIVE: Final = frozenset(
         "log_level",
         "max_held",
         "max_in_flight",
+        "max_names",
         "max_visitors",
         "retry",
         "slot_wait",
@@ -70,10 +71,12 @@ class Reloader:
         announce: Callable[[ServeSettings, Identity], None] = lambda settings, identity: None,
         *,
         log_shared: bool = False,
+        worker: int = 0,
     ) -> None:
         """``again`` reads the settings anew, and raises UsageError.
 
-        ``announce`` is called when clients are to be told something else than before.
+        ``announce`` is called when clients are to be told something else than before. ``worker`` is this process's
+        number among ``settings.workers``.
         """
         self.settings = settings
         self._again = again
@@ -83,6 +86,7 @@ class Reloader:
         self._identity = identity
         self._announce = announce
         self._log_shared = log_shared
+        self._worker = worker
 
     def reload(self) -> None:
         """Read everything anew, and change what can be changed."""
@@ -93,7 +97,7 @@ class Reloader:
             settings = found.model_copy(update={name: getattr(before, name) for name in fixed})
             _check_log(settings)
             identity = identity_of(settings, settings.quic[0])
-            self._server.reconfigure(server_config(settings, identity))
+            self._server.reconfigure(server_config(settings, identity, self._worker))
         except (UsageError, TrustError, ValueError, OSError) as error:
             logger.error("not reloaded, all stays as it was: {}", _told(error))
             return
@@ -116,14 +120,15 @@ class Reloader:
         """Read the certificate anew, and make the next one if it is time."""
         try:
             identity = identity_of(self.settings, self.settings.quic[0])
-            self._server.reconfigure(server_config(self.settings, identity))
+            self._server.reconfigure(server_config(self.settings, identity, self._worker))
             self._identity = identity
         except (OSError, ValueError, TrustError) as error:
             logger.error("cannot renew the server certificate: {}", _told(error))
 
 
-def server_config(settings: ServeSettings, identity: Identity) -> ServerConfig:
-    """What a server of these settings is told."""
+def server_config(settings: ServeSettings, identity: Identity, worker: int = 0) -> ServerConfig:
+    """What a server of these settings is told, or one worker of it: what is limited as a whole is divided evenly."""
+    workers = settings.workers
     return ServerConfig(
         http=(settings.http[0], settings.http[1]),
         https=settings.https,
@@ -133,9 +138,10 @@ def server_config(settings: ServeSettings, identity: Identity) -> ServerConfig:
         authority=identity.authority,
         issuer=identity.issuer,
         default_tunnel=settings.default_tunnel_allowed,
+        max_names=settings.max_names,
         trusted_proxies=tuple(settings.trusted_proxies),
         retry=settings.retry,
-        window_budget=settings.window_budget,
+        window_budget=-(-settings.window_budget // workers),
         visitors=VisitorLimits(
             head_size=settings.head_size,
             head_fields=settings.head_fields,
@@ -144,14 +150,16 @@ def server_config(settings: ServeSettings, identity: Identity) -> ServerConfig:
             idle_time=settings.keep_alive,
             body_idle_time=settings.body_idle,
             write_idle_time=settings.write_idle,
-            connections=settings.max_visitors,
+            connections=-(-settings.max_visitors // workers),
         ),
         registry=RegistryLimits(
-            in_flight=settings.max_in_flight,
+            in_flight=-(-settings.max_in_flight // workers),
             slot_wait=settings.slot_wait,
             hold=settings.hold,
-            held=settings.max_held,
+            held=-(-settings.max_held // workers),
         ),
+        worker=worker,
+        workers=workers,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from loguru import logger
 
@@ -14,6 +14,7 @@ from quictunnel import __version__
 from quictunnel.app.identity import WILDCARDS, Identity, identity_of, outward_address
 from quictunnel.app.process import calm_collector, choose_engine, raise_file_limit, say, stop_signals
 from quictunnel.app.reload import Reloader, logs_requests, server_config
+from quictunnel.app.supervise import Parent
 from quictunnel.app.takeover import Addresses, Inherited, take_over
 from quictunnel.http.tls import quiet_names
 from quictunnel.log import AccessLog
@@ -22,24 +23,45 @@ from quictunnel.quic.engine import Engine
 from quictunnel.quic.sockets import settle
 from quictunnel.server.admin import Admin
 from quictunnel.server.handover import Handover
-from quictunnel.server.server import Server
+from quictunnel.server.server import Server, Sockets, public_urls
 from quictunnel.server.status import Status
 from quictunnel.settings import ServeSettings
 from quictunnel.trust.files import private_directory, write_private
 from quictunnel.trust.join import LOCAL_JOIN, JoinString
+from quictunnel.trust.owners import Owners
 from quictunnel.trust.tokens import TokenRefused, TokenStore
 
-__all__ = ["announce", "make_server", "serve"]
+__all__ = ["Bound", "Worker", "announce", "make_server", "serve"]
 
 _RENEWAL_CHECK: Final = 3600.0
 "seconds"
 
+# A client takes another process's silence for suspect after four seconds (quic.link.SUSPECT_AFTER), and dials anew.
+_CLIENTS_TIME: Final = 6.0
+_CLIENTS_QUIET: Final = 0.5
+_CLIENTS_LOOK: Final = 0.05
+"seconds"
 
-async def serve(settings: ServeSettings, again: Callable[[], ServeSettings] | None = None) -> int:
+
+class Worker(NamedTuple):
+    """What one of several processes of a server is given by its parent."""
+
+    number: int
+    parent: Parent
+    sockets: Sockets
+    replaces: bool
+    "whether a process with this number has died"
+
+
+async def serve(
+    settings: ServeSettings, again: Callable[[], ServeSettings] | None = None, worker: Worker | None = None
+) -> int:
     """Run a server until told to stop; the exit status. Raises CommandError, OSError and TrustError at the start.
 
-    ``again`` reads the settings anew, for SIGHUP, and raises UsageError.
+    ``again`` reads the settings anew, for SIGHUP, and raises UsageError. With a ``worker`` this process is one of
+    several; its parent has announced the server.
     """
+    index, parent, sockets = (worker.number, worker.parent, worker.sockets) if worker is not None else (0, None, None)
     engine = choose_engine(settings.engine)
     raise_file_limit()
     private_directory(settings.state_dir)
@@ -47,25 +69,36 @@ async def serve(settings: ServeSettings, again: Callable[[], ServeSettings] | No
     tokens.load()
     identity = identity_of(settings, settings.quic[0])
     access = AccessLog(settings.log_format, enabled=logs_requests(settings))
-    server = make_server(settings, engine, tokens, identity, access)
+    server = make_server(settings, engine, tokens, identity, access, index)
 
     def tell(settings: ServeSettings, identity: Identity) -> None:
-        announce(settings, engine, tokens, identity, server)
+        if index == 0:
+            bound = Bound(server.http_address, server.https_address, server.quic_address)
+            announce(settings, engine, tokens, identity, bound)
 
-    reloader = Reloader(settings, again or (lambda: settings), server, tokens, access, identity, tell)
+    reloader = Reloader(
+        settings, again or (lambda: settings), server, tokens, access, identity, tell,
+        log_shared=worker is not None, worker=index,
+    )  # fmt: skip
     # Only now: what cannot be is found out before anything of a running server is touched.
-    inherited = _inherit(settings) if settings.takeover else None
-    with stop_signals() as stopped, _hang_up(reloader.reload), quiet_names():
-        if inherited is None:
-            await server.start()
-        else:
+    inherited = _inherit(settings) if settings.takeover and worker is None else None
+    with stop_signals(parent) as stopped, _hang_up(reloader.reload), quiet_names():
+        if inherited is not None:
             try:
                 await inherited.begin(server)
             except BaseException:
                 server.close()
                 raise
-        admin = _open_door(settings, engine, server, stopped.set)
-        tell(settings, identity)
+        else:
+            await server.start_links(sockets)
+            if worker is not None and worker.replaces:
+                await _clients_back(server, stopped)
+            await server.start_visitors(sockets)
+        admin = _open_door(settings, engine, server, index, stopped.set)
+        if parent is None:
+            tell(settings, identity)
+        else:
+            parent.is_ready()
         calm_collector()
         renewal = asyncio.get_running_loop().create_task(_renew(reloader))
         try:
@@ -90,23 +123,48 @@ def _hang_up(act: Callable[[], None]) -> Iterator[None]:
         loop.remove_signal_handler(signal.SIGHUP)
 
 
+async def _clients_back(server: Server, stopped: asyncio.Event) -> None:
+    """Wait until the clients of a process that died have found the one in its place, for some seconds at most.
+
+    Visitors wait meanwhile in the sockets' queues, and not one of them is told that there is no such tunnel.
+    """
+    loop = asyncio.get_running_loop()
+    until = loop.time() + _CLIENTS_TIME
+    count, since = 0, until
+    while loop.time() < until and loop.time() - since < _CLIENTS_QUIET and not stopped.is_set():
+        await asyncio.sleep(_CLIENTS_LOOK)
+        sessions = len(server.registry.sessions())
+        if sessions != count:
+            count, since = sessions, loop.time()
+
+
 def make_server(
-    settings: ServeSettings, engine: Engine, tokens: TokenStore, identity: Identity, access: AccessLog
+    settings: ServeSettings, engine: Engine, tokens: TokenStore, identity: Identity, access: AccessLog, worker: int = 0
 ) -> Server:
-    """A server of these settings, not yet started. Raises CommandError."""
+    """A server of these settings, not yet started. Raises CommandError and TrustError."""
+    owners = Owners(settings.state_dir)
     try:
-        return Server(server_config(settings, identity), engine, tokens, access)
+        return Server(server_config(settings, identity, worker), engine, tokens, owners, access)
     except (OSError, ValueError) as error:
+        owners.close()
         raise CommandError(f"the certificate {identity.files.certificate} cannot be used: {error}") from None
 
 
-def announce(settings: ServeSettings, engine: Engine, tokens: TokenStore, identity: Identity, server: Server) -> None:
+class Bound(NamedTuple):
+    """The addresses of a server."""
+
+    http: tuple[str, int]
+    https: tuple[str, int] | None
+    quic: tuple[str, int]
+
+
+def announce(settings: ServeSettings, engine: Engine, tokens: TokenStore, identity: Identity, bound: Bound) -> None:
     """Print the facts that a script may wait for, and the line to paste on the other machine."""
-    address = _dialled_address(settings, server.quic_address)
-    http = _joined(*server.http_address)
-    facts = f"http={http} quic={_joined(*server.quic_address)} domain={settings.domain} engine={engine.name}"
-    say(f"ready {facts}" + (f" https={_joined(*server.https_address)}" if server.https_address is not None else ""))
-    say(f"visitors find a tunnel at {server.public_urls('NAME')[0]}")
+    address = _dialled_address(settings, bound.quic)
+    facts = f"http={_joined(*bound.http)} quic={_joined(*bound.quic)} domain={settings.domain} engine={engine.name}"
+    facts += f" https={_joined(*bound.https)}" if bound.https is not None else ""
+    say(f"ready {facts}" + (f" workers={settings.workers}" if settings.workers > 1 else ""))
+    say(f"visitors find a tunnel at {public_urls(f'NAME.{settings.domain}', bound.http, bound.https)[0]}")
     if identity.pin is None:
         say(f"clients connect with: quictunnel connect 3000 --server {address} --ca system --token TOKEN")
         say("a token is made by: quictunnel token create --tunnel NAME")
@@ -140,11 +198,11 @@ def _inherit(settings: ServeSettings) -> Inherited | None:
     return found[0]
 
 
-def _open_door(settings: ServeSettings, engine: Engine, server: Server, end: Callable[[], None]) -> Admin:
+def _open_door(settings: ServeSettings, engine: Engine, server: Server, worker: int, end: Callable[[], None]) -> Admin:
     """The owner's door. A server without one serves all the same. ``end`` is called when another process serves."""
     facts = {
-        "worker": 0,
-        "workers": 1,
+        "worker": worker,
+        "workers": settings.workers,
         "version": __version__,
         "engine": engine.name,
         "domain": settings.domain,

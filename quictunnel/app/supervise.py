@@ -100,13 +100,14 @@ class Supervisor:
         on_message: Callable[[int, Message], None] = lambda index, message: None,
         on_tick: Callable[[], None] | None = None,
         tick: float = 0.5,
+        on_hangup: Callable[[], None] = lambda: None,
         on_stop: Callable[[], None] = lambda: None,
         stop_time: float = 60.0,
     ) -> None:
         """``main`` is called in each child and returns its exit status; ``word`` is what logs call a child.
 
-        ``on_tick`` is called every ``tick`` seconds, ``on_stop`` once when all children are about to be told to end. A
-        child that has not ended ``stop_time`` seconds after it was told is killed.
+        ``on_tick`` is called every ``tick`` seconds, ``on_hangup`` at SIGHUP, ``on_stop`` once when all children are
+        about to be told to end. A child that has not ended ``stop_time`` seconds after it was told is killed.
         """
         self._main = main
         self._word = word
@@ -114,6 +115,7 @@ class Supervisor:
         self._on_tick = on_tick
         self._tick = tick
         self._next_tick = time.monotonic() + tick
+        self._on_hangup = on_hangup
         self._on_stop = on_stop
         self._stop_time = stop_time
         self._children: dict[int, _Child] = {}  # by pid
@@ -207,6 +209,7 @@ class Supervisor:
             for number in self._woken.recv(_READ_SIZE):
                 if number == signal.SIGHUP:
                     self._hung_up = True
+                    self._on_hangup()
                     self._signal_all(signal.SIGHUP)
                 elif number in (signal.SIGTERM, signal.SIGINT):
                     if self.stopping:

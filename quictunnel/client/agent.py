@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
+from math import inf
 from typing import Final
 
 from loguru import logger
@@ -20,7 +21,7 @@ from loguru import logger
 from quictunnel import __version__
 from quictunnel.client.fan_out import FanOut
 from quictunnel.client.keeper import FAST_PING_EVERY, Keeper, Slot
-from quictunnel.client.reach import LONGEST_RETRY, QUICK_FOR, Backoff, Place, Race
+from quictunnel.client.reach import LONGEST_RETRY, QUICK_FOR, QUICK_RETRY, Backoff, Place, Race
 from quictunnel.log import escape
 from quictunnel.quic.dial import DialError, Way, dial, resolve
 from quictunnel.quic.engine import ClientTrust, Engine
@@ -30,6 +31,7 @@ from quictunnel.quic.stream import StreamLeg
 from quictunnel.trust.certificates import diagnose, pinned_authority
 from quictunnel.trust.files import TrustError
 from quictunnel.wire.control import (
+    PROBE_CAPABILITY,
     VERSION,
     Authority,
     ControlMessage,
@@ -53,6 +55,18 @@ DIAL_TIME: Final = 5.0
 ANSWER_TIME: Final = 10.0
 SILENT_TIME: Final = 2.0
 "seconds: that an attempt lives, that an answer on a new link may take, and that a new link may be silent meanwhile"
+
+WHOLE_TIME: Final = 2.0
+"seconds that a server's other processes may take to welcome a session that one of them has welcomed"
+
+EARLY_LIMIT: Final = 16
+"messages that may come with a welcome"
+
+WORKERS: Final = 256
+"processes of one server, at most: their number is told by one byte"
+
+STRAYS_PER_WORKER: Final = 4
+"links that come to another process than the one that was meant, before the next one waits"
 
 _LOUD_FAILURES: Final = 4
 "of an outage, before one in LONGEST_RETRY seconds has to do"
@@ -100,13 +114,24 @@ class AgentConfig:
     "SHA-256 of the CA certificate (DER) that the server will send; it is fetched once and then verified against"
 
     max_links: int = 64
+    "QUIC connections; a server of several processes has one to each in any case"
+
     capabilities: tuple[str, ...] = ()
     "words of the protocol for what this client takes beyond plain requests"
+
+    others: tuple[Place, ...] = ()
+    "servers that are dialled when the first one cannot be reached or drains, in this order"
+
+    hosts: tuple[str, ...] = ()
+    "custom hosts beside the name, in their one form"
+
+    weight: int = 1
+    sticky: str = ""
 
     @property
     def places(self) -> list[Place]:
         """The servers, in the order in which they are dialled."""
-        return [Place(self.host, self.port, self.server_name)]
+        return [Place(self.host, self.port, self.server_name), *self.others]
 
 
 class Agent(LinkOwner):
@@ -134,13 +159,19 @@ class Agent(LinkOwner):
         self._session = secrets.token_urlsafe(24)
         self._authority = config.authority
         self._keepers: dict[Link, Keeper] = {}  # of every link that was welcomed and is not closed
-        self._slots: dict[Slot, Keeper | None] = {}  # who has it now, or had it last
+        self._slots: dict[Slot, Keeper] = {}  # who has it, good or not
         self._watchers: dict[Slot, asyncio.Task[None]] = {}
         self._open_links: set[Link] = set()  # those whose sockets are open, a moment longer than the links
         self._answers: dict[Link, asyncio.Future[ControlMessage]] = {}
-        self._wanted = 1
+        self._workers = 1  # processes of the server, as far as is known
+        self._early: dict[Link, list[ControlMessage]] = {}  # said before the answer was looked at
+        self._wanted: dict[int, int] = {}  # how many links each of them wants, if it has said
+        self._at = 0  # which of the servers this session is with
+        self._untrusted: set[Place] = set()
         self._alone = asyncio.Lock()
         self._failures = _Failures()
+        self._welcome_by: float | None = None  # when a session without a link to each process is announced
+        self._announcing: asyncio.TimerHandle | None = None
         self._group: asyncio.TaskGroup | None = None
         self._stopping = False
         self.tunnel = config.tunnel
@@ -174,57 +205,65 @@ class Agent(LinkOwner):
         self._stopping = True
         for watcher in list(self._watchers.values()):
             watcher.cancel()
-        links = self.links
-        for link in links:
-            link.send_control(Drain())
         deadline = asyncio.get_running_loop().time() + grace
-        # The server's last streams may be on their way when it reads the drain: idle once is not yet done.
-        idle = 0
-        while idle < 3 and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.05 + max((link.round_trip or 0.0 for link in links), default=0.0))
-            idle = 0 if any(link.exchanges for link in links) else idle + 1
-        for link in links:
-            link.close(ErrorCode.NO_ERROR, "the client stops")
+        await asyncio.gather(*(keeper.part(deadline) for keeper in list(self._keepers.values())))
 
     # One watcher for each slot
 
     def _fill_slots(self) -> None:
-        for number in range(self._wanted):
-            slot = Slot(0, number)
-            if slot not in self._watchers and self._group is not None and not self._stopping:
-                watcher = self._group.create_task(self._watch(slot), name=f"link {slot.worker}.{slot.number}")
-                self._watchers[slot] = watcher
-                watcher.add_done_callback(partial(self._watcher_done, slot))
+        for worker in range(self._workers):
+            for number in range(self._wanted.get(worker, 1)):
+                slot = Slot(worker, number)
+                if slot not in self._watchers and self._group is not None and not self._stopping:
+                    watcher = self._group.create_task(self._watch(slot), name=f"link {worker}.{number}")
+                    self._watchers[slot] = watcher
+                    watcher.add_done_callback(partial(self._watcher_done, slot))
 
     def _watcher_done(self, slot: Slot, watcher: asyncio.Task[None]) -> None:
         del self._watchers[slot]
 
     def _is_wanted(self, slot: Slot) -> bool:
-        return slot.number < self._wanted and not self._stopping
+        return slot.worker < self._workers and slot.number < self._wanted.get(slot.worker, 1) and not self._stopping
+
+    def _is_served(self) -> bool:
+        return any(keeper.good and self._is_wanted(slot) for slot, keeper in self._slots.items())
 
     async def _watch(self, slot: Slot) -> None:
         """See to it that the slot has a link, for as long as it is wanted."""
         loop = asyncio.get_running_loop()
-        refusals = Backoff()
+        refusals, drains = Backoff(), Backoff(loop.time, quick_for=QUICK_FOR)
+        strays = drained = 0
         while self._is_wanted(slot):
             keeper = self._slots.get(slot)
             if keeper is not None and keeper.good:
+                strays = drained = 0
                 await keeper.changed()
                 continue
             if keeper is not None and keeper.link.closed is not None:
+                del self._slots[slot]
                 if loop.time() - keeper.since > LONGEST_RETRY:
                     refusals.reset()
+                    drains.reset()
                 else:
                     # Whoever is thrown out soon after each welcome must not dial in a rush.
-                    self._slots[slot] = None
                     await asyncio.sleep(refusals.delay())
-                    continue
+                continue
             try:
-                await self._fill(slot, keeper)
+                opened = await self._fill(slot, keeper)
+                if opened is not None and opened.slot != slot:
+                    # Another process took it than the one that was meant. Where packets are not steered chance does it.
+                    strays += 1
+                    if strays > STRAYS_PER_WORKER * self._workers:
+                        await asyncio.sleep(refusals.delay())
             except DialError as error:
                 await self._wait(refusals.delay(), error)
             except _TryLater as error:
-                await self._wait(min(max(refusals.delay(), error.retry_after or 0.0), LONGEST_RETRY), error)
+                if error.code != "draining":
+                    await self._wait(min(max(refusals.delay(), error.retry_after or 0.0), LONGEST_RETRY), error)
+                    continue
+                drained += 1
+                if drained % len(self._config.places) == 0:  # all of them, if there are several
+                    await self._wait(max(drains.delay(), QUICK_RETRY / 2), error)
             except FinalRefusal:
                 raise
             except Exception as error:
@@ -236,88 +275,120 @@ class Agent(LinkOwner):
         self._failures.tell(self._place(), why, delay)
         await asyncio.sleep(delay)
 
-    async def _fill(self, slot: Slot, before: Keeper | None) -> None:
+    async def _fill(self, slot: Slot, before: Keeper | None) -> Keeper | None:
         """Have a new link in the slot, unless the one before is heard again. Raises what ``_open`` does."""
-        if self._is_served():
-            await self._open(slot, before)
-            return
-        # While there is none at all, one of them looks for the server, or a session of many links would come down on a
-        # server that has just come back.
-        async with self._alone:
-            if not self._is_served():
-                await self._open(slot, before)
-
-    def _is_served(self) -> bool:
-        return any(keeper is not None and keeper.good for keeper in self._slots.values())
+        if not self._is_served():
+            # While there is none at all, one of them looks for the server, or a session of many links would come down
+            # on a server that has just come back.
+            async with self._alone:
+                if not self._is_served():
+                    return await self._open(slot, before, alone=True)
+            if not self._is_wanted(slot) or ((now := self._slots.get(slot)) is not None and now.good):
+                return None
+        return await self._open(slot, before)
 
     # A new link
 
-    async def _open(self, slot: Slot, before: Keeper | None) -> None:
-        """Fill the slot with a link that the server has welcomed. Raises DialError, _TryLater and FinalRefusal."""
+    async def _open(self, slot: Slot, before: Keeper | None, *, alone: bool = False) -> Keeper | None:
+        """A new link that the server has welcomed, in the slot that it is for. Raises DialError and refusals.
+
+        None if none is needed any more, or if, with others beside this one, only one may look for the server.
+        """
         healed = before.healed if before is not None and before.suspect else None
-        way, place = await self._reach(healed)
+        way, place = await self._reach(slot, healed, alone)
         if way is None:
-            return
+            return None
         try:
             welcome = await self._introduce(way.link, slot)
-        except BaseException:
+        except BaseException as error:
+            self._early.pop(way.link, None)
             if way.link.closed is None:
                 way.link.close(ErrorCode.NO_ERROR, "")
+            if isinstance(error, _TryLater) and error.code == "draining":
+                self._go_on_from(place)
             raise
-        self._welcome(Keeper(way, place, slot), welcome)
+        keeper = Keeper(way, place, Slot(welcome.worker, slot.number))
+        self._welcome(keeper, welcome)
+        return keeper
 
-    async def _reach(self, healed: "asyncio.Future[None] | None") -> tuple[Way | None, Place]:
-        """A way to a server, verified; none if ``healed`` was done before. Raises FinalRefusal."""
+    async def _reach(self, slot: Slot, healed: "asyncio.Future[None] | None", alone: bool) -> tuple[Way | None, Place]:
+        """A way to a server, verified; none as for ``_open``. Raises FinalRefusal."""
         loop = asyncio.get_running_loop()
-        reached = self._place()
+        reached: dict[Way, Place] = {}
 
         async def attempt(place: Place, number: int, on_way: Callable[[Way], None]) -> Way:
-            nonlocal reached
             try:
-                way = await self._dial(place, number, on_way)
+                way = await self._dial(place, slot, number, on_way)
             except DialError as error:
                 if error.untrusted:
+                    self._untrusted.add(place)
                     raise DialError(await self._why_untrusted(place, error), untrusted=True) from None
-                raise
-            reached = place
+                raise DialError(f"{place}: {error}" if self._config.others else str(error)) from None
+            reached[way] = place
             return way
 
         race = Race(Backoff(loop.time, quick_for=QUICK_FOR), self._attempt_failed)
-        way = await race.run(lambda: self._config.places, attempt, healed or loop.create_future())
+        way = await race.run(lambda: self._places(slot, alone), attempt, healed or loop.create_future())
         self._failures.forget()
-        return way, reached
+        if way is None:
+            return None, self._place()
+        place = reached[way]
+        self._at = self._config.places.index(place)
+        return way, place
 
     def _attempt_failed(self, error: DialError, pause: float | None) -> None:
-        if error.untrusted and not self.welcomed.is_set():
+        if error.untrusted and not self.welcomed.is_set() and self._untrusted >= set(self._config.places):
             raise FinalRefusal("untrusted", str(error))
         self._failures.tell(self._place(), error, pause)
 
     def _place(self) -> Place:
-        return self._config.places[0]
+        """The server that this session is with."""
+        return self._config.places[self._at]
 
-    async def _dial(self, place: Place, number: int, on_way: Callable[[Way], None]) -> Way:
+    def _places(self, slot: Slot, alone: bool) -> list[Place]:
+        """Where a new link may go: where the others are; without any to every server in turn, if ``alone``."""
+        if not self._is_wanted(slot):
+            return []
+        places = self._config.places
+        if self._is_served():
+            return [places[self._at]]
+        return places[self._at :] + places[: self._at] if alone else []
+
+    def _go_on_from(self, place: Place) -> None:
+        """That server drains: look at the next one first."""
+        if place == self._place():
+            self._at = (self._at + 1) % len(self._config.places)
+
+    async def _dial(self, place: Place, slot: Slot, number: int, on_way: Callable[[Way], None]) -> Way:
         """One attempt, at another of the place's addresses in each round."""
         config = self._config
         if self._authority is None and config.pin is not None:
             self._authority = await self._fetch_authority(place, config.pin)
-        return await self._dial_place(
-            place, ClientTrust(place.server_name, self._authority), number=number, on_way=on_way
-        )
+        trust = ClientTrust(place.server_name, self._authority)
+        worker = (slot.worker, self._workers) if self._workers > 1 else None
+        return await self._dial_place(place, trust, worker, number, on_way)
 
     async def _dial_place(
-        self, place: Place, trust: ClientTrust, *, number: int = 0, on_way: Callable[[Way], None] = lambda way: None
+        self,
+        place: Place,
+        trust: ClientTrust,
+        worker: tuple[int, int] | None = None,
+        number: int = 0,
+        on_way: Callable[[Way], None] = lambda way: None,
     ) -> Way:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + DIAL_TIME
         endpoints = await resolve(place.host, place.port, DIAL_TIME)
-        failure = DialError("")
+        failure = DialError(f"no answer within {DIAL_TIME:g} s")
         for turn in range(len(endpoints)):
             endpoint = endpoints[(number + turn) % len(endpoints)]
             left = deadline - loop.time()
             if left <= 0:
                 break
             try:
-                way = await dial(self._engine, endpoint, trust, self, self._budget, timeout=left, on_way=on_way)
+                way = await dial(
+                    self._engine, endpoint, trust, self, self._budget, timeout=left, worker=worker, on_way=on_way
+                )
             except DialError as error:
                 failure = error
                 if error.untrusted:
@@ -339,7 +410,10 @@ class Agent(LinkOwner):
             token=config.token,
             link=slot.number,
             agent=f"quictunnel/{__version__}",
-            capabilities=list(config.capabilities),
+            capabilities=[PROBE_CAPABILITY, *config.capabilities],
+            hosts=list(config.hosts),
+            weight=config.weight,
+            sticky=config.sticky,
         )
         answer = await self._ask(link, hello)
         if link.closed is not None:
@@ -364,16 +438,17 @@ class Agent(LinkOwner):
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[ControlMessage] = loop.create_future()
         self._answers[link] = answer
+        self._early[link] = []
         link.send_control(message)
-        deadline = loop.time() + ANSWER_TIME
+        began = loop.time()
         try:
-            while link.silent_for() <= SILENT_TIME and loop.time() <= deadline:
+            while link.silent_for() <= SILENT_TIME and loop.time() - began <= ANSWER_TIME:
                 await asyncio.wait((answer,), timeout=FAST_PING_EVERY)
                 if answer.done():
                     return answer.result()
                 link.ping()
             link.close(ErrorCode.REQUEST_TIMEOUT, "no answer on the control stream")
-            raise DialError(f"the server did not answer within {ANSWER_TIME + loop.time() - deadline:.0f} s")
+            raise DialError(f"the server did not answer within {loop.time() - began:.0f} s")
         except LinkClosed as why:
             raise DialError(f"the server closed the link: {why}") from None
         finally:
@@ -392,6 +467,7 @@ class Agent(LinkOwner):
         try:
             answer = await self._ask(way.link, Authority())
         finally:
+            self._early.pop(way.link, None)
             way.link.close()
         if not isinstance(answer, Authority):
             raise DialError(f"the server answered the question for its CA with {answer.type}")
@@ -426,12 +502,21 @@ class Agent(LinkOwner):
                     answer.set_result(message)
                 elif isinstance(message, Refuse):
                     self._refused(link, message)
-            case Grow():
-                self._grow(message.links)
-            case Drain():
-                self._server_drains(link)
-            case Hello() | Drained() | Health() | Unknown():
+            case Hello() | Health() | Unknown():
                 logger.debug("< {!r}: unexpected {}", link, message.type)
+            case _ if link in self._keepers:
+                self._told(self._keepers[link], message)
+            case _ if link in self._answers and len(self._early[link]) < EARLY_LIMIT:
+                self._early[link].append(message)  # it came with the welcome, which is about to be looked at
+
+    def _told(self, keeper: Keeper, message: ControlMessage) -> None:
+        match message:
+            case Grow():
+                self._grow(keeper.slot.worker, message.links)
+            case Drain():
+                self._server_drains(keeper)
+            case Drained():
+                keeper.drained = message.streams
 
     def link_request(self, link: Link, leg: StreamLeg, head: RequestHead) -> RequestHead:
         return self._fan_out.open_exchange(head, leg)
@@ -448,38 +533,75 @@ class Agent(LinkOwner):
         keeper = self._keepers.pop(link, None)
         if keeper is not None:
             keeper.wake()
-        if self.serving and not self._keepers:
-            self.serving = False
-            if not self._stopping:
-                logger.warning("= the connection to the server was lost: {}", why)
+        if not self._keepers:
+            if self._announcing is not None:
+                self._announcing.cancel()
+                self._announcing = self._welcome_by = None
+            if self.serving:
+                self.serving = False
+                if not self._stopping:
+                    logger.warning("= the connection to the server was lost: {}", why)
 
     def link_terminated(self, link: Link) -> None:
         self._open_links.discard(link)
 
     def _welcome(self, keeper: Keeper, welcome: Welcome) -> None:
+        replaced = self._slots.get(keeper.slot)
         self._slots[keeper.slot] = keeper
         self._keepers[keeper.link] = keeper
         if self._group is not None:
             self._group.create_task(keeper.tend(), name=f"keeper {keeper.slot.worker}.{keeper.slot.number}")
-        # The name stays ours from now on, also if the server chose it.
-        self.tunnel = welcome.tunnel
-        first = not self.serving
+        if replaced is not None:
+            replaced.look()
+        self.tunnel = welcome.tunnel  # it stays ours from now on, also if the server chose it
+        if welcome.workers != self._workers:
+            logger.debug("= the server has {} processes", welcome.workers)
+            self._workers = welcome.workers
+            self._fill_slots()
+            self._look_at_unwanted()
+        self._part_leaving()
+        if not self.serving:
+            self._announce_when_whole(welcome)
+        for message in self._early.pop(keeper.link, ()):
+            self._told(keeper, message)
+
+    def _announce_when_whole(self, welcome: Welcome) -> None:
+        """Say that the session is served: when each process of the server has a link, or soon in any case."""
+        if self._announcing is not None:
+            self._announcing.cancel()
+            self._announcing = None
+        missing = [worker for worker in range(self._workers) if Slot(worker, 0) not in self._slots]
+        if not missing:
+            self._announce(welcome)
+            return
+        loop = asyncio.get_running_loop()
+        if self._welcome_by is None:
+            self._welcome_by = loop.time() + WHOLE_TIME
+        self._announcing = loop.call_at(self._welcome_by, self._announce, welcome)
+
+    def _announce(self, welcome: Welcome) -> None:
+        self._announcing = self._welcome_by = None
         self.serving = True
         self.welcomed.set()
-        if first:
-            logger.info(
-                "serving tunnel {} at {} from {}", welcome.tunnel, ", ".join(welcome.urls), self._fan_out.backend.name
-            )
-            if self._on_welcome is not None:
-                self._on_welcome(welcome)
+        logger.info(
+            "serving tunnel {} at {} from {}", welcome.tunnel, ", ".join(welcome.urls), self._fan_out.backend.name
+        )
+        if self._on_welcome is not None:
+            self._on_welcome(welcome)
 
-    def _server_drains(self, link: Link) -> None:
-        logger.info("= the server is draining")
-        link.draining = True
-        keeper = self._keepers.get(link)
-        if keeper is not None:
+    def _server_drains(self, keeper: Keeper) -> None:
+        keeper.link.draining = True
+        if not keeper.leaving:
+            logger.info("= the server at {} drains: dialling anew", keeper.place)
+            self._go_on_from(keeper.place)
             keeper.leaving = True
             keeper.look()
+
+    def _part_leaving(self) -> None:
+        """Now that others take their place: what is under way on links that drain ends, and they with it."""
+        for keeper in list(self._keepers.values()):
+            if keeper.leaving and not keeper.parting and self._group is not None and self._is_served():
+                self._group.create_task(keeper.part(inf))
 
     def _refused(self, link: Link, refuse: Refuse) -> None:
         logger.error("= the server ended the session: {}", _line(refuse.text))
@@ -492,11 +614,16 @@ class Agent(LinkOwner):
     async def _give_up(self, refusal: FinalRefusal) -> None:
         raise refusal
 
-    def _grow(self, links: int) -> None:
-        self._wanted = max(1, min(links, self._config.max_links))
+    def _grow(self, worker: int, links: int) -> None:
+        most = max(1, self._config.max_links // self._workers)
+        self._wanted[worker] = max(1, min(links, most))
         self._fill_slots()
+        self._look_at_unwanted()
+
+    def _look_at_unwanted(self) -> None:
+        """Have their watchers end; the links themselves are the server's to close."""
         for slot, keeper in self._slots.items():
-            if keeper is not None and not self._is_wanted(slot):
+            if not self._is_wanted(slot):
                 keeper.look()
 
 
@@ -527,6 +654,8 @@ class _Failures:
 def _presentable(welcome: Welcome) -> Welcome:
     """The welcome with a name that is one, and of its URLs those that are a word. Raises ValueError."""
     words = [url for url in welcome.urls if url.isascii() and url.isprintable() and " " not in url]
+    if not 0 <= welcome.worker < welcome.workers <= WORKERS:
+        raise ValueError(f"process {welcome.worker} of {welcome.workers}")
     return replace(
         welcome, tunnel=normalise_tunnel_name(welcome.tunnel), urls=[url for url in words[:8] if len(url) <= _SHOWN]
     )

@@ -6,7 +6,7 @@ from typing import Protocol
 from quictunnel.exchange import Leg, join
 from quictunnel.quic.stream import StreamLeg
 from quictunnel.wire.errors import ErrorCode, TunnelError
-from quictunnel.wire.frames import RequestHead
+from quictunnel.wire.frames import PROBE, End, Frame, RequestHead, ResponseHead
 
 __all__ = ["Backend", "FanOut", "HostRule", "host_rule"]
 
@@ -39,6 +39,28 @@ def host_rule(rule: str, backend_authority: str) -> HostRule | None:
     return lambda head: head._replace(authority=authority)
 
 
+class _ProbeLeg(Leg):
+    """Answers a probe: the way of requests is open up to where the backend would be asked."""
+
+    __slots__ = ()
+
+    def receive(self, frame: Frame) -> None:
+        if isinstance(frame, End):
+            peer = self.peer
+            peer.receive(ResponseHead(204, []))
+            self.detach()
+            peer.receive(End())
+
+    def pause(self) -> None:
+        pass
+
+    def resume(self) -> None:
+        pass
+
+    def abort(self, error: TunnelError) -> None:
+        pass
+
+
 class FanOut:
     """Joins streams to backend legs."""
 
@@ -50,6 +72,9 @@ class FanOut:
 
     def open_exchange(self, head: RequestHead, leg: StreamLeg) -> RequestHead:
         """Join ``leg`` to a new leg of the backend; the head that is returned goes to it next."""
+        if head.scheme == PROBE.scheme:
+            join(leg, _ProbeLeg())
+            return head
         self.count += 1
         if head.method == b"CONNECT":
             # Whatever the server asks: it is the client that says what goes to its backend.

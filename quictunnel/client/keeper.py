@@ -9,6 +9,8 @@ from loguru import logger
 from quictunnel.client.reach import Place
 from quictunnel.quic.dial import DialError, Way
 from quictunnel.quic.link import SUSPECT_AFTER, Link
+from quictunnel.wire.control import Drain
+from quictunnel.wire.errors import ErrorCode
 
 __all__ = ["Keeper", "Slot"]
 
@@ -23,6 +25,13 @@ FAST_FOR: Final = 10.0
 SILENT_AFTER: Final = 2.0
 MISSED_PINGS: Final = 4
 "a link is suspect after SUSPECT_AFTER seconds of silence in any case, after SILENT_AFTER if so many pings are missing"
+
+DRAINED_TIME: Final = 2.0
+"seconds and some round trips for a server to answer that a link drains; one that knows no such answer never does"
+
+POLL_EVERY: Final = 0.02
+QUIET_ROUNDS: Final = 3
+"so often a ping has to come back, with nothing under way, before a link that drains is closed"
 
 MOVE_AFTER: Final = 1.2
 MOVE_EVERY: Final = 2.0
@@ -50,6 +59,12 @@ class Keeper:
         self.leaving = False
         "whether another is to take its place though nothing is wrong with it: an end of it drains"
 
+        self.parting = False
+        "whether it is only to finish what is under way on it"
+
+        self.drained: int | None = None
+        "how many streams there were on it in all: the server's last word about them"
+
         self.since = asyncio.get_running_loop().time()
         self.healed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         "done when it is heard again after it was suspect; a new one each time that it becomes so"
@@ -60,6 +75,8 @@ class Keeper:
         self._pings: list[float] = []  # sent, of late
         self._pinged_at = self.since
         self._moved_at = 0.0
+        self._part_by = 0.0
+        self._parted = asyncio.Event()
         self._has_trouble = False
         self._suspect = False
         way.on_trouble = self._trouble
@@ -129,6 +146,36 @@ class Keeper:
 
     def _answer_time(self) -> float:
         return max(3 * (self.link.round_trip or 0.0), SLOWEST_ANSWER)
+
+    async def part(self, deadline: float) -> None:
+        """Have nothing new come on the link, wait until ``deadline`` for what is under way, and close it."""
+        link = self.link
+        self._part_by = deadline
+        if self.parting:
+            await self._parted.wait()
+            return
+        self.parting = True
+        link.send_control(Drain())
+        answer_by = self._loop.time() + DRAINED_TIME + 4 * (link.round_trip or 0.0)
+        quiet = 0
+        while link.closed is None and self._loop.time() < self._part_by and quiet < QUIET_ROUNDS:
+            asked = self._loop.time()
+            # Until the server has said how many streams there were, the last ones may still be on their way; one that
+            # does not say it is only waited for. And who has ended an exchange has only handed its end to QUIC: what a
+            # path has lost of it is sent again while pings come and go.
+            done = link.begun >= self.drained if self.drained is not None else asked > answer_by
+            if not link.exchanges and link.silent_for() > SILENT_AFTER + DRAINED_TIME:
+                break
+            if done and not link.exchanges and not link.unsent:
+                link.ping()
+                await asyncio.sleep(POLL_EVERY + (link.round_trip or 0.0))
+                quiet += link.heard_at >= asked
+            else:
+                quiet = 0
+                await asyncio.sleep(POLL_EVERY)
+        link.refuse_unjoined()
+        link.close(ErrorCode.NO_ERROR, "the client is done with it")
+        self._parted.set()
 
     # What its silence means
 

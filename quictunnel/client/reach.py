@@ -90,7 +90,7 @@ class Race:
         dial: Callable[[Place, int, Callable[[Way], None]], Coroutine[Any, Any, Way]],
         given_up: asyncio.Future[None],
     ) -> Way | None:
-        """The way that is complete first, for ever if need be; None as soon as ``given_up`` is done.
+        """The way that is complete first, for ever if need be; None if ``given_up`` is done or there are no places.
 
         In each round every one of ``places`` has its turn, the next as soon as the one before has failed. ``dial`` is
         given a place, the number of the round, and what to call with its way once it has one.
@@ -99,6 +99,8 @@ class Race:
             turn = 0
             while not given_up.done():
                 around = places()
+                if not around:
+                    return None
                 number, at = divmod(turn, len(around))
                 place, last = around[at], at == len(around) - 1
                 turn += 1

@@ -1,8 +1,9 @@
 """TLS for visitors: which certificate is shown, and what is kept of a handshake.
 
 OpenSSL's users refuse a wildcard of two labels, ``*.localhost``. So where a server's domain is one label, each of its
-tunnels is shown a certificate of its own, made when somebody first asks for the tunnel by name (RFC 6066 section 3) and
-kept in memory. Whoever asks for anything else, or for nothing, is shown the server's certificate.
+tunnels is shown a certificate of its own, and custom hosts are everywhere. It is made when somebody first asks for the
+tunnel by name (RFC 6066 section 3) and kept in memory; all hosts below a wildcard share one. Whoever asks for anything
+else, or for nothing, is shown the server's certificate.
 """
 
 import os
@@ -48,11 +49,19 @@ class VisitorTls:
     context: ssl.SSLContext
     "for the next handshake"
 
-    def __init__(self, certificate: str, key: str, issue: Callable[[str], bytes] | None = None) -> None:
+    def __init__(
+        self,
+        certificate: str,
+        key: str,
+        issue: Callable[[str], bytes] | None = None,
+        name_of: Callable[[str], str] = lambda host: host,
+    ) -> None:
         """``certificate`` and ``key`` are paths of PEM files. Raises OSError and ValueError if they cannot be used.
 
-        ``issue`` makes a certificate for a host and its key, as PEM; empty for a host that has none of its own.
+        ``issue`` makes a certificate for a name and its key, as PEM; empty for a name that has none of its own.
+        ``name_of`` gives the name for a host, itself or a wildcard, empty for none.
         """
+        self._name_of = name_of
         self._directory = str(Path(certificate).parent)
         self._leaves: OrderedDict[str, ssl.SSLContext] = OrderedDict()
         self.replace(certificate, key, issue)
@@ -81,21 +90,22 @@ class VisitorTls:
 
     def _leaf(self, host: str) -> ssl.SSLContext | None:
         leaves = self._leaves
-        leaf = leaves.get(host)
+        name = self._name_of(host)
+        leaf = leaves.get(name)
         if leaf is None:
             # The server's certificate is the better answer than none: it says at least who is at fault.
             try:
-                pem = self._issue(host) if self._issue is not None else b""
+                pem = self._issue(name) if self._issue is not None and name else b""
                 if not pem:
                     return None
-                leaf = leaves[host] = self._load(pem)
+                leaf = leaves[name] = self._load(pem)
             except (OSError, ValueError) as error:
-                logger.error("cannot make a certificate for {}: {}", host, error)
+                logger.error("cannot make a certificate for {}: {}", name, error)
                 return None
             if len(leaves) > LEAVES:
                 leaves.popitem(last=False)
         else:
-            leaves.move_to_end(host)
+            leaves.move_to_end(name)
         return leaf
 
     def _load(self, pem: bytes) -> ssl.SSLContext:

@@ -63,8 +63,10 @@ class ReinedConnection(QuicConnection):
                 reason_phrase="too much came out of order",
             )
 
-    def get_send_buffer_size(self, stream_id: int) -> int:
+    def get_send_buffer_size(self, stream_id: int | None = None) -> int:
         """What qh3 has by the same name."""
+        if stream_id is None:
+            return sum(map(self.get_send_buffer_size, self._streams))
         stream = self._streams.get(stream_id)
         if stream is None or stream.sender._reset_error_code is not None:
             return 0

@@ -191,17 +191,20 @@ async def dial(
     budget: WindowBudget,
     *,
     timeout: float,
+    worker: tuple[int, int] | None = None,
     on_way: Callable[[Way], None] = lambda way: None,
 ) -> Way:
     """Open a link to a server's address and verify it, within ``timeout`` seconds. Raises DialError.
 
-    ``on_way`` is called with the way as soon as it is begun on.
+    ``worker`` is which of how many processes of the server is meant, None for any. ``on_way`` is called with the way as
+    soon as it is begun on.
     """
     loop = asyncio.get_running_loop()
     way = Way(endpoint)
     done: asyncio.Future[None] = loop.create_future()
     waiter = _Waiter(done)
-    link = way.link = Link(engine, engine.dial(trust, DATAGRAM_SIZE), way.send, waiter, budget, is_client=True)
+    connection = engine.dial(trust, DATAGRAM_SIZE, worker)
+    link = way.link = Link(engine, connection, way.send, waiter, budget, is_client=True)
     link.on_terminated = way.terminated
     way.on_trouble = lambda: waiter.fail(DialError("there is no route to it"))
     try:

@@ -6,6 +6,7 @@ many streams share a packet.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from math import inf
@@ -13,8 +14,10 @@ from typing import Any, Final
 
 from loguru import logger
 
+from quictunnel.exchange import VOID
 from quictunnel.log import escape
 from quictunnel.quic.engine import STREAM_OVER, Connection, Engine
+from quictunnel.quic.sockets import QUOTED
 from quictunnel.quic.stream import StreamLeg
 from quictunnel.wire.control import (
     ControlDecoder,
@@ -46,6 +49,9 @@ _PROBE_EVERY: Final = 1.0
 # So many small frames fill a packet. Waiting for more in a long turn saves nothing, and keeps the other end idle until
 # all are there: both ends would take turns instead of working side by side.
 _BURST: Final = 8
+
+_REMEMBERED: Final = 256
+"datagrams of which it is remembered how they began: more are seldom under way"
 
 _CONTROL_LIMIT: Final = 256 * 1024
 "bytes of control messages that wait for the peer to read: far more than hours of credit are"
@@ -138,12 +144,11 @@ class Link:
         # most as many as the peer may have open.
         self._deaf: set[int] = set()
         self._stalled: dict[StreamLeg, float] = {}  # those that wait for credit, since when
+        self.begun = 0  # streams of the peer's that were ever seen
         self.opened = 0  # streams of ours, ever
         self._allowed = 0  # how many the peer allows, as far as we last looked
         self._starved = False  # it allowed no more when we did
         self.active = 0  # slots of ours in use
-        self.sent = 0  # datagrams, ever
-        self.refused_from: int | None = None  # the first of them that the peer's host says it has no taker for
         self.answered_at = self._loop.time()  # when the way of requests was last seen to be open
         self.ready = False
         self.draining = False  # no new exchange may start on it
@@ -156,6 +161,11 @@ class Link:
         # liveness, in seconds of the loop's clock
         self.heard_at = self._loop.time()
         self.refused = False  # ICMP said that nobody listens at the peer's port; what comes from the peer refutes it
+        self.refused_from = 0  # while it is: datagrams of this number and later ones did not arrive
+        self._refused_at = self._refused_last = 0.0  # the first and the last time that it was said since
+        self.sent = 0  # datagrams ever; the next one's number
+        # How the last ones began, at a server's end: proof of what is said to be refused.
+        self._beginnings: deque[bytes] = deque(maxlen=0 if is_client else _REMEMBERED)
         self.round_trip: float | None = None
         self._pings: dict[int, float] = {}
         self._ping_count = 0
@@ -184,6 +194,36 @@ class Link:
     def legs(self) -> list[StreamLeg]:
         """Those that are under way."""
         return list(self._legs.values())
+
+    def number_of(self, quoted: bytes) -> int | None:
+        """The number of the last datagram that began like this; None if there is none or too little is quoted."""
+        if len(quoted) < QUOTED:
+            return None
+        beginning = quoted[:QUOTED]
+        for back, each in enumerate(reversed(self._beginnings), 1):
+            if each == beginning:
+                return self.sent - back
+        return None
+
+    def unreachable(self, number: int) -> None:
+        """The peer's host refused a datagram of ours, proved by ``number_of``.
+
+        A process that is gone does not come back to its port: whatever was sent after it did not arrive either.
+        """
+        if self.closed is not None:
+            return
+        now = self._loop.time()
+        if not self.refused:
+            self.refused = True
+            self.refused_from = number
+            self._refused_at = now
+        self.refused_from = min(self.refused_from, number)
+        self._refused_last = now
+        self.owner.link_refused(self)
+
+    def refused_for(self) -> float:
+        """Seconds between the first refusal and the last, with nothing heard from the peer since."""
+        return self._refused_last - self._refused_at if self.refused else 0.0
 
     def silent_for(self) -> float:
         """Seconds since the peer was heard; endless when its host says that nobody listens."""
@@ -349,10 +389,11 @@ class Link:
         self._arm(connection.get_timer(), now)
 
     def _transmit(self, now: float) -> None:
-        send = self._send
+        send, beginnings = self._send, self._beginnings
         for data, address in self._connection.datagrams_to_send(now=now):
-            self.sent += 1
             send(data, address)
+            beginnings.append(data[:QUOTED])
+            self.sent += 1
 
     def _flush_control(self) -> None:
         data = b"".join(self._control_out)
@@ -368,6 +409,16 @@ class Link:
     def queued(self, stream_id: int) -> int:
         """Bytes written to a stream that have not left yet."""
         return self._connection.get_send_buffer_size(stream_id)
+
+    @property
+    def unsent(self) -> int:
+        """Bytes of all streams that have not left yet."""
+        return 0 if self.closed is not None else self._connection.get_send_buffer_size(None)
+
+    def refuse_unjoined(self) -> None:
+        """Refuse what the peer has begun and nobody has taken up: it is safe to send elsewhere."""
+        for leg in [leg for leg in self._legs.values() if leg.peer is VOID]:
+            leg.abort(TunnelError(ErrorCode.NOT_ACCEPTED))
 
     def _arm(self, at: float | None, now: float) -> None:
         # Every packet moves the library's timer, nearly always to later: a handle that fires too early asks again,
@@ -457,6 +508,7 @@ class Link:
                 if fin:
                     self._deaf.discard(stream_id)
                 return
+            self.begun += 1
             leg = StreamLeg(self.budget, HEAD_LIMIT, is_opener=False)
             leg.stream_id = stream_id
             self._legs[stream_id] = leg
@@ -475,8 +527,10 @@ class Link:
             what = f"stream {stream_id} must not be opened by the peer" if stream_id else "the control stream was cut"
             self._control_out.clear()  # the library takes no more for a stream that its peer has stopped
             self.close(ErrorCode.FRAME_ERROR, what)
-        elif was_reset:
+        elif was_reset and stream_id in self._deaf:
             self._deaf.discard(stream_id)
+        elif was_reset:
+            self.begun += 1  # and ended before a byte of it came
 
     def _control(self, data: bytes, fin: bool) -> None:
         try:
@@ -535,8 +589,7 @@ class Link:
         # What can still be said is that it is over: a peer that is not told waits for its idle time-out.
         with suppress(Exception):
             self._connection.close(error_code=ErrorCode.INTERNAL_ERROR, reason_phrase="internal error")
-            for data, address in self._connection.datagrams_to_send(now=self._loop.time()):
-                self._send(data, address)
+            self._transmit(self._loop.time())
         self.abandon(LinkClosed(ErrorCode.INTERNAL_ERROR, f"{type(error).__name__}: {error}"))
 
     def _lost(self, why: LinkClosed) -> None:

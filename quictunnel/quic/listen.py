@@ -1,13 +1,12 @@
 """The server's UDP socket: packets to their links, links for new clients, an address check when many knock at once."""
 
 import asyncio
-import os
 import socket
 from typing import Any, Final
 
 from loguru import logger
 
-from quictunnel.quic.engine import CONNECTION_ID_LENGTH, Engine, ServerIdentity
+from quictunnel.quic.engine import CONNECTION_ID_LENGTH, Connection, Engine, ServerIdentity
 from quictunnel.quic.first_packets import (
     InitialHeader,
     RetryTokens,
@@ -16,7 +15,8 @@ from quictunnel.quic.first_packets import (
     version_negotiation_packet,
 )
 from quictunnel.quic.link import Link, LinkClosed, LinkOwner
-from quictunnel.quic.sockets import DATAGRAM_SIZE, DatagramSocket, enlarge_buffers
+from quictunnel.quic.sockets import DATAGRAM_SIZE, DatagramSocket, Refusal, enlarge_buffers
+from quictunnel.quic.steering import Steering
 from quictunnel.quic.succession import Predecessor, Successor
 from quictunnel.wire.credit import WindowBudget
 from quictunnel.wire.errors import ErrorCode
@@ -33,11 +33,17 @@ _HALF_OPEN_BEFORE_RETRY: Final = 64
 # proves its own again and again, makes the oldest go first: a client that is quick still gets in.
 _HALF_OPEN_LIMIT: Final = 1024
 
+_ALONE: Final = Steering()
+
 _SMALLEST_INITIAL: Final = 1200
 "bytes (RFC 9000 section 14.1)"
 
 HANDSHAKE_TIME: Final = 10.0
 "seconds that a handshake and the hello after it may take"
+
+
+_REFUSED_TIME: Final = 1.0
+"seconds for which a client's port is said to be closed before its link is given up"
 
 
 class LinkListener:
@@ -51,14 +57,18 @@ class LinkListener:
         budget: WindowBudget,
         *,
         retry: str = "auto",
+        steering: Steering = _ALONE,
     ) -> None:
-        """Raises OSError and ValueError for an identity that cannot be used."""
+        """``steering`` says which connection ids lead here, if there are other processes at the same port.
+
+        Raises OSError and ValueError for an identity that cannot be used."""
         if retry not in RETRY_MODES:
             raise ValueError(f"there is no retry mode {retry!r}: choose one of {', '.join(RETRY_MODES)}")
         self.engine = engine
         self.owner = owner
         self.budget = budget
         self.retry = retry
+        self._steering = steering
         self._tokens = RetryTokens()
         self._configuration = engine.server_configuration(identity, DATAGRAM_SIZE)
         self._loop = asyncio.get_running_loop()
@@ -77,7 +87,7 @@ class LinkListener:
         if sock is None:
             sock = await self._bind(host, port, reuse_port)
         enlarge_buffers(sock)
-        self._socket = DatagramSocket(sock, self.datagram_received, self._failed)
+        self._socket = DatagramSocket(sock, self.datagram_received, self._failed, self._refused)
         self._sweep()
         bound = sock.getsockname()
         return bound[0], bound[1]
@@ -152,6 +162,16 @@ class LinkListener:
     def _failed(self, error: OSError) -> None:
         logger.debug("= QUIC socket: {!r}", error)
 
+    def _refused(self, refusals: list[Refusal]) -> None:
+        """Clients' hosts say that nobody listens there any more; a link believes what is proved to be its own."""
+        places = {refusal.address[:2] for refusal in refusals}
+        links = [link for link in self._ids if link.address is not None and link.address[:2] in places]
+        for quoted, address in refusals:
+            for link in links:
+                if link.address[:2] == address[:2] and (number := link.number_of(quoted)) is not None:
+                    link.unreachable(number)
+                    break
+
     def datagram_received(self, data: bytes, address: Any) -> None:
         """Take a datagram from anyone."""
         if not data:
@@ -194,7 +214,7 @@ class LinkListener:
         now = self._loop.time()
         original_cid, retry_cid = header.destination_cid, None
         if not header.token and self._must_prove_address():
-            new_cid = os.urandom(CONNECTION_ID_LENGTH)
+            new_cid = self._steering.new_id()
             token = self._tokens.create(address, header, new_cid, now)
             self._send(retry_packet(header, new_cid, token), address)
             return
@@ -211,7 +231,7 @@ class LinkListener:
             self._drop(next(iter(self._half_open)), "too many handshakes are under way")
         link = Link(
             self.engine,
-            self.engine.accept(self._configuration, original_cid, retry_cid),
+            self._accept(original_cid, retry_cid),
             self._socket.send,
             self.owner,
             self.budget,
@@ -224,6 +244,15 @@ class LinkListener:
         self._connection_id(link, header.destination_cid, True)
         self._connection_id(link, link.connection_id, True)
         link.datagram_received(data, address)
+
+    def _accept(self, original_cid: bytes, retry_cid: bytes | None) -> Connection:
+        """The server's side of a connection whose id leads here."""
+        while True:
+            # The libraries draw the id themselves: as often as there are workers on average, 80 us each time with
+            # aioquic and 5 with qh3, beside some milliseconds for the handshake.
+            connection = self.engine.accept(self._configuration, original_cid, retry_cid)
+            if self._steering.fits(connection.host_cid):
+                return connection
 
     def _must_prove_address(self) -> bool:
         if self.retry == "always" or self.engine.needs_retry:
@@ -254,11 +283,19 @@ class LinkListener:
         self._sweeper = self._loop.call_later(1.0, self._sweep)
         for link in self.links:
             link.end_stalled()
+            if link.refused:
+                self._end_refused(link)
         late = self._loop.time() - HANDSHAKE_TIME
         for link, since in list(self._half_open.items()):
             if since > late:
                 break
             self._drop(link, "no hello came in time")
+
+    def _end_refused(self, link: Link) -> None:
+        if link.refused_for() >= _REFUSED_TIME:
+            link.abandon(LinkClosed(ErrorCode.CONNECTION_TERMINATED, "nobody listens at the client's port any more"))
+        else:
+            link.ping()  # is it still so?
 
     def _drop(self, link: Link, why: str) -> None:
         """Give up a link that has not proved itself."""

@@ -4,15 +4,16 @@ import asyncio
 import errno
 import functools
 import socket
+import struct
 import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from loguru import logger
 
-__all__ = ["DATAGRAM_SIZE", "DatagramSocket", "enlarge_buffers", "settle"]
+__all__ = ["DATAGRAM_SIZE", "QUOTED", "DatagramSocket", "Refusal", "enlarge_buffers", "settle"]
 
 # Fits every path that carries QUIC (RFC 9000 section 14).
 DATAGRAM_SIZE: Final = 1200
@@ -21,14 +22,31 @@ DATAGRAM_SIZE: Final = 1200
 # window.
 _BUFFER_SIZE: Final = 4 * 1024 * 1024
 
-_LARGEST: Final = 2048
-"bytes of a datagram that are read: no peer sends more in one, and more room costs more time to make"
+_LARGEST: Final = 65535
+"bytes of a datagram that are read; room that is not used costs nothing"
 
 _AT_ONCE: Final = 32
 "datagrams that are read before others get their turn on the event loop, and that are written when it is writable"
 
 _WAITING: Final = 2048
 "datagrams that may wait for room in the kernel's buffer; a link's congestion window is mostly less"
+
+_TRIES: Final = 4
+"calls for one datagram, when errors that are not its own come in between"
+
+QUOTED: Final = 24
+"""bytes of a refused datagram that prove that it was one: in a packet with a short header, a connection id and 15 that
+are encrypted. Hosts quote hundreds (RFC 1812 section 4.3.2.3); those that quote only UDP's header prove nothing."""
+
+_REFUSALS_AT_ONCE: Final = 64
+"refusals that are read before others get their turn; the kernel keeps the rest, within the receive buffer"
+
+# <linux/errqueue.h> and <linux/in.h>: Python has no names for these.
+_IP_RECVERR: Final = 11
+_IPV6_RECVERR: Final = 25
+_TOLD_BY: Final = {(socket.IPPROTO_IP, _IP_RECVERR), (socket.IPPROTO_IPV6, _IPV6_RECVERR)}
+_EXTENDED_ERROR: Final = struct.Struct("=IBBBBII")  # sock_extended_err: errno, origin, type, code, pad, info, data
+_BY_ICMP: Final = (2, 3)  # its origin: SO_EE_ORIGIN_ICMP, SO_EE_ORIGIN_ICMP6
 
 
 async def settle() -> None:
@@ -69,6 +87,40 @@ def _tell_small(granted: int, limits: str) -> None:
     )  # fmt: skip
 
 
+class Refusal(NamedTuple):
+    """A datagram that came to a closed port, as ICMP tells it. Anybody may have forged that, save for the quotation."""
+
+    quoted: bytes
+    "how the datagram began: QUOTED bytes, or as many as are quoted"
+
+    address: Any
+    "where it was sent"
+
+
+def _ask_for_refusals(sock: socket.socket) -> bool:
+    """Have the kernel keep what ICMP says of each datagram (ip(7), IP_RECVERR); whether it will."""
+    if sys.platform != "linux":
+        return False
+    try:
+        # Both for an IPv6 socket: it may have IPv4 peers as ::ffff:a.b.c.d.
+        sock.setsockopt(socket.IPPROTO_IP, _IP_RECVERR, 1)
+        if sock.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVERR, 1)
+    except OSError as error:
+        logger.debug("= closed ports are not told: {!r}", error)
+        return False
+    return True
+
+
+def _is_refusal(told: list[tuple[int, int, bytes]]) -> bool:
+    """Whether ancillary data of the error queue says that a port is closed."""
+    for level, kind, data in told:
+        if (level, kind) in _TOLD_BY and len(data) >= _EXTENDED_ERROR.size:
+            number, origin, *_ = _EXTENDED_ERROR.unpack_from(data)
+            return number == errno.ECONNREFUSED and origin in _BY_ICMP
+    return False
+
+
 class DatagramSocket:
     """A UDP socket on the event loop: datagrams come by a call and go at once.
 
@@ -81,10 +133,12 @@ class DatagramSocket:
         sock: socket.socket,
         received: Callable[[bytes, Any], None],
         failed: Callable[[OSError], None] | None = None,
+        refused: Callable[[list[Refusal]], None] | None = None,
     ) -> None:
         """Take over ``sock``, bound or connected, and read from it.
 
-        ``failed`` is told of errors in the loop's next turn, of one at most.
+        ``failed`` is told of errors in the loop's next turn, of one at most. ``refused`` is told which datagrams
+        came to a closed port, where the kernel can say so (Linux): an unconnected socket learns it in no other way.
         """
         self._loop = asyncio.get_running_loop()
         sock.setblocking(False)
@@ -92,6 +146,7 @@ class DatagramSocket:
         self._fd = sock.fileno()  # uvloop counts references of socket objects, and keeps them open by it
         self._received = received
         self._failed = failed
+        self._refused = refused if refused is not None and _ask_for_refusals(sock) else None
         try:
             peer = sock.getpeername()
         except OSError:
@@ -169,12 +224,15 @@ class DatagramSocket:
         # What ICMP said of an earlier datagram is reported by whatever call comes next, and that datagram, perhaps
         # another link's, is not sent.
         self._note(error)
-        try:
-            self._put(data, address)
-        except BlockingIOError:
-            return False
-        except OSError:
-            self.dropped += 1
+        for _ in range(_TRIES - 1):
+            try:
+                self._put(data, address)
+            except BlockingIOError:
+                return False
+            except OSError:
+                continue
+            return True
+        self.dropped += 1
         return True
 
     def _wait(self, data: bytes, address: Any) -> None:
@@ -220,7 +278,22 @@ class DatagramSocket:
                     break
         finally:
             if self._shaken or not came:
+                self._read_refusals()  # after what has come: whoever sent that and is gone is refused
                 self._rearm()
+
+    def _read_refusals(self) -> None:
+        if self._refused is None or self.closed:
+            return
+        refusals: list[Refusal] = []
+        for _ in range(_REFUSALS_AT_ONCE):
+            try:
+                quoted, told, _, address = self._sock.recvmsg(QUOTED, 256, socket.MSG_ERRQUEUE)
+            except OSError:
+                break
+            if _is_refusal(told):
+                refusals.append(Refusal(quoted, address))
+        if refusals:
+            self._refused(refusals)
 
     def _rearm(self) -> None:
         # uvloop stops watching a socket that has an error pending, though it may have been taken by a send since: it is

@@ -6,7 +6,6 @@ When a client fails a request, it comes back here and is joined anew, if that is
 import re
 import secrets
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Final, cast
 
 from loguru import logger
@@ -15,13 +14,15 @@ from quictunnel.exchange import Leg, join
 from quictunnel.http.visitor import VisitorLeg
 from quictunnel.log import AccessLog
 from quictunnel.quic.link import HEAD_LIMIT
+from quictunnel.server.hosts import Hosts
 from quictunnel.server.registry import Registry, Session, Tunnel
 from quictunnel.server.request_leg import NO_BACKEND, RequestLeg
 from quictunnel.wire.control import CONNECT_CAPABILITY
 from quictunnel.wire.credit import WindowBudget
 from quictunnel.wire.errors import ErrorCode, TunnelError
+from quictunnel.wire.fields import tunnel_name
 from quictunnel.wire.frames import RequestHead, ResponseHead
-from quictunnel.wire.names import normalise_host, normalise_tunnel_name
+from quictunnel.wire.names import normalise_tunnel_name
 
 __all__ = ["ProxyEntry"]
 
@@ -35,6 +36,7 @@ class ProxyEntry:
     def __init__(
         self,
         registry: Registry,
+        hosts: Hosts,
         budget: WindowBudget,
         access: AccessLog,
         *,
@@ -44,21 +46,22 @@ class ProxyEntry:
     ) -> None:
         """``clock`` is the event loop's, in seconds."""
         self._registry = registry
+        self._hosts = hosts
         self._budget = budget
         self._access = access
+        self._domain = domain
         self.default_tunnel = default_tunnel
         self._clock = clock
         # Ids are for reading logs: unique within a server's run and hard to mistake for another run's.
         self._id_prefix = secrets.token_hex(3)
         self._count = 0
-        self._label_of = lru_cache(maxsize=4096)(_Labels(domain))
 
     def open_exchange(self, head: RequestHead, visitor: VisitorLeg) -> None:
         """Join ``visitor`` to a stream leg, or abort it with what its visitor is to be told."""
         self._count += 1
         visitor.request_id = f"{self._id_prefix}{self._count:x}"
         try:
-            tunnel = self._route(head, visitor.tunnel_header)
+            tunnel = self._route(head, visitor)
             if head.method == b"CONNECT" and not tunnel.offers(CONNECT_CAPABILITY):
                 raise TunnelError(ErrorCode.NOT_IMPLEMENTED, "CONNECT is not offered here.")
             leg = RequestLeg(self._budget, HEAD_LIMIT, self._again)
@@ -152,12 +155,19 @@ class ProxyEntry:
                 "" if error is None else error.fault.proxy_status,
             )
 
-    def _route(self, head: RequestHead, tunnel_header: bytes) -> Tunnel:
+    def _route(self, head: RequestHead, visitor: VisitorLeg) -> Tunnel:
         """The tunnel of a request: by host, then by X-Tunnel-Session, then the only one. Raises TunnelError."""
         # The host of a CONNECT is where its bytes are to go in the end, not who is to take them there.
-        label: str = "" if head.method == b"CONNECT" else self._label_of(head.authority)
-        if label:
-            return self._named(label)
+        host = "" if head.method == b"CONNECT" else visitor.host
+        if host:
+            # No custom host is the domain or below it, so neither kind can come before the other.
+            name = tunnel_name(host, self._domain)
+            if name is not None:
+                return self._named(name)
+            tunnel = self._hosts.tunnel(host) if host != self._domain else None
+            if tunnel is not None:
+                return tunnel
+        tunnel_header = visitor.tunnel_header
         if tunnel_header:
             try:
                 name = normalise_tunnel_name(tunnel_header.decode("ascii", "replace"))
@@ -173,29 +183,7 @@ class ProxyEntry:
         )
 
     def _named(self, name: str) -> Tunnel:
-        tunnel = self._registry.tunnel(name)
+        tunnel = None if "." in name else self._registry.tunnel(name)
         if tunnel is None:
             raise TunnelError(ErrorCode.DESTINATION_NOT_FOUND)
         return tunnel
-
-
-class _Labels:
-    """The first label of ``NAME.<domain>``."""
-
-    def __init__(self, domain: str) -> None:
-        self._suffix = "." + domain
-
-    def __call__(self, authority: bytes) -> str:
-        """The name in an authority, empty if it isn't one below the domain."""
-        host = authority.decode("ascii", "replace")
-        if not host.endswith("]"):
-            host = host.rpartition(":")[0] or host
-        try:
-            host = normalise_host(host)
-        except ValueError:
-            return ""
-        if not host.endswith(self._suffix):
-            return ""
-        label = host[: -len(self._suffix)]
-        # A deeper name is nobody's: it must not fall through to another tunnel.
-        return label if "." not in label else label.replace(".", "..")

@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Final
 
@@ -13,8 +13,11 @@ from quictunnel import __version__
 from quictunnel.log import escape
 from quictunnel.quic.link import Link, LinkClosed, LinkOwner
 from quictunnel.quic.stream import StreamLeg
+from quictunnel.server.book import Book
+from quictunnel.server.hosts import HostRefused, Hosts, custom_hosts
 from quictunnel.server.registry import Registry, Session, Tunnel
 from quictunnel.trust.files import TrustError
+from quictunnel.trust.owners import Claim, NamesFull, NameTaken
 from quictunnel.trust.tokens import Grant, TokenRefused, TokenStore
 from quictunnel.wire.control import (
     STICKY,
@@ -50,17 +53,30 @@ class Gate(LinkOwner):
         self,
         registry: Registry,
         tokens: TokenStore,
+        book: Book,
+        hosts: Hosts,
         *,
+        domain: str,
         authority: Authority,
-        public_urls: Callable[[str], list[str]],
+        public_urls: Callable[[str, Sequence[str]], list[str]],
         now: Callable[[], datetime],
+        worker: int = 0,
+        workers: int = 1,
     ) -> None:
-        """``authority`` answers clients that only know a pin yet; ``now`` is the wall clock, aware."""
+        """``authority`` answers clients that only know a pin yet; ``now`` is the wall clock, aware.
+
+        It is the gate of one of ``workers`` processes, and tells clients so: each session has links to each.
+        """
         self._registry = registry
         self._tokens = tokens
+        self._book = book
+        self._hosts = hosts
+        self._domain = domain
         self.authority = authority
         self._public_urls = public_urls
         self._now = now
+        self._worker = worker
+        self._workers = workers
         self._loop = asyncio.get_running_loop()
         self._refused: dict[Link, asyncio.TimerHandle] = {}  # until when they may read why
         self._asked: set[Link] = set()  # have had the authority's certificate
@@ -104,6 +120,7 @@ class Gate(LinkOwner):
             closer.cancel()
         session = self._registry.unregister(link, self._loop.time())
         if session is not None:
+            self._hosts.ended(session)
             seconds = self._loop.time() - session.since
             logger.info(
                 "session {} of tunnel {} ended after {:.0f} s: {}", session.number, session.tunnel.name, seconds, why
@@ -124,7 +141,7 @@ class Gate(LinkOwner):
             self._refuse(link, Refuse("protocol", "one link says hello once"))
             return
         try:
-            grant = self._admit(hello)
+            grant, hosts = self._admit(hello)
         except _Refused as refused:
             logger.warning(
                 "refused {} for tunnel {!r}: {}", _place(link), hello.tunnel[:_SHOWN] or "(any)", refused.message.text
@@ -132,7 +149,7 @@ class Gate(LinkOwner):
             self._refuse(link, refused.message)
             return
         name = grant.tunnel
-        known = self._registry.tunnel(name)
+        known = self._registry.tunnels.get(name)
         begins = known is None or hello.session not in known.sessions
         try:
             session = self._registry.register(
@@ -144,18 +161,29 @@ class Gate(LinkOwner):
         session.capabilities = frozenset(hello.capabilities)
         session.weight = hello.weight
         session.tunnel.sticky = hello.sticky if hello.sticky in STICKY else ""
+        self._hosts.register(session, hosts)
         self.on_accepted(link)
-        urls = self._public_urls(name)
-        link.send_control(Welcome(name, urls, self._registry.limits.max_links, f"quictunnel/{__version__}"))
+        urls = self._public_urls(name, hosts)
+        link.send_control(
+            Welcome(
+                name,
+                urls,
+                self._registry.limits.max_links,
+                f"quictunnel/{__version__}",
+                worker=self._worker,
+                workers=self._workers,
+            )
+        )
         if begins:
             logger.info(
                 "session {} serves tunnel {} from {} by token {} ({})",
-                session.number, name, _place(link), grant.token_id, session.agent or "unnamed client",
+                session.number, " and ".join([name, *hosts]), _place(link), grant.token_id,
+                session.agent or "unnamed client",
             )  # fmt: skip
         self._registry.slots_allowed(session, self._loop.time())
 
-    def _admit(self, hello: Hello) -> Grant:
-        """What the client may serve. Raises _Refused."""
+    def _admit(self, hello: Hello) -> tuple[Grant, tuple[str, ...]]:
+        """What the client may serve, custom hosts apart, and now has. Raises _Refused."""
         if self.draining:
             raise _Refused("draining", "the server is stopping", retry_after=self._retry_after)
         if hello.version != VERSION:
@@ -178,13 +206,39 @@ class Gate(LinkOwner):
         except TrustError as error:
             logger.error("{}", error)
             raise _Refused("unavailable", "the server cannot check tokens now", retry_after=5.0) from None
-        tunnel = self._registry.tunnel(grant.tunnel)
-        if tunnel is not None and tunnel.owner is not None and tunnel.owner.token_id != grant.token_id:
-            if self._stands(tunnel.owner):
-                raise _Refused("name_taken", f"the name {grant.tunnel} belongs to another token")
-            # Before the next look at all tokens, so that not one request for the new owner goes to the old one.
-            self._recheck(tunnel)
-        return grant
+        try:
+            hosts = custom_hosts(hello.hosts, grant, self._domain)
+        except HostRefused as refused:
+            raise _Refused(refused.code, str(refused)) from None
+        self._claim(Claim(grant.token_id, grant.tunnel, hosts, self._is_made_up(grant.tunnel, hello)))
+        return grant, hosts
+
+    def _claim(self, claim: Claim) -> None:
+        """Have the names be the client's token's, or find that they are. Raises _Refused."""
+        for host in claim.hosts:
+            other = self._hosts.holder(host)
+            if other is not None and other.name != claim.tunnel and other.is_served():
+                owner = other.owner
+                if owner is not None and owner.token_id == claim.token:
+                    text = f"the host {host} is served by tunnel {other.name} of the same token now"
+                    raise _Refused("name_taken", text, retry_after=5.0)
+        try:
+            self._book.claim(claim, self._is_in_use)
+        except NameTaken as taken:
+            raise _Refused("name_taken", str(taken)) from None
+        except NamesFull as full:
+            raise _Refused("limit", str(full), retry_after=60.0) from None
+        except TrustError as error:
+            logger.error("{}", error)
+            raise _Refused("unavailable", "the server cannot look names up now", retry_after=5.0) from None
+        tunnel = self._registry.tunnels.get(claim.tunnel)
+        if tunnel is not None:
+            # At once, so that not one request for the new owner goes to the old one.
+            self._end_others(tunnel, claim.token)
+
+    def _is_in_use(self, name: str) -> bool:
+        tunnel = self._registry.tunnels.get(name)
+        return tunnel is not None and bool(tunnel.sessions)
 
     def _name_for(self, hello: Hello) -> str:
         """A name for a client that asks for none: its token's first pattern, with a word of the session's for ``*``.
@@ -192,17 +246,15 @@ class Gate(LinkOwner):
         The token is not verified yet: whoever brings a wrong one is refused for that next, whatever name this gives.
         """
         word = base64.b32encode(hashlib.sha256(hello.session.encode()).digest()[:5]).decode().lower()
-        for token in self._tokens.tokens:
-            if hello.token.startswith(f"qtk_{token.id}_"):
-                return token.tunnels[0].replace("*", word)
-        return word
+        return self._pattern_of(hello).replace("*", word)
 
-    def _stands(self, grant: Grant) -> bool:
-        try:
-            self._tokens.recheck(grant, self._now())
-        except TokenRefused:
-            return False
-        return True
+    def _pattern_of(self, hello: Hello) -> str:
+        token = self._tokens.get(hello.token[4:12])  # qtk_ID_…
+        return "*" if token is None else token.tunnels[0]
+
+    def _is_made_up(self, name: str, hello: Hello) -> bool:
+        """Whether the name is what ``_name_for`` gives this session, and no other."""
+        return "*" in self._pattern_of(hello) and name == self._name_for(hello)
 
     # The end of a registration
 
@@ -243,15 +295,39 @@ class Gate(LinkOwner):
     def _recheck(self, tunnel: Tunnel) -> None:
         for session in list(tunnel.sessions.values()):
             try:
-                self._tokens.recheck(session.grant, self._now())
+                self._recheck_session(session)
             except TrustError:
                 return  # said once, when the file was read
             except TokenRefused as refused:
                 self._end_session(session, Refuse(f"token_{refused.kind}", refused.text))
 
+    def _recheck_session(self, session: Session) -> None:
+        """Raises TokenRefused when its token does not allow it any more, and TrustError."""
+        grant, now = session.grant, self._now()
+        self._tokens.recheck(grant, now)
+        for host in session.hosts:
+            if not self._tokens.holds(grant.token_id, "host", host, now):
+                raise TokenRefused("scope", f"token {grant.token_id} is not for the host {host}")
+
+    def _end_others(self, tunnel: Tunnel, token: str) -> None:
+        """End a tunnel's sessions of other tokens: the name has passed to this one."""
+        for session in list(tunnel.sessions.values()):
+            if session.grant.token_id == token:
+                continue
+            text = f"the name {tunnel.name} was given free, and belongs to another token now"
+            message = Refuse("name_taken", text)
+            try:
+                self._tokens.recheck(session.grant, self._now())
+            except TokenRefused as refused:
+                message = Refuse(f"token_{refused.kind}", refused.text)
+            except TrustError:
+                pass
+            self._end_session(session, message)
+
     def _end_session(self, session: Session, message: Refuse) -> None:
         logger.warning("session {} of tunnel {} is ended: {}", session.number, session.tunnel.name, message.text)
         self._registry.end(session, self._loop.time())
+        self._hosts.ended(session)
         for link in [*session.links.values(), *session.lingering]:
             link.draining = True
             self._refuse(link, message)

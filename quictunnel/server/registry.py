@@ -6,7 +6,7 @@ whose client is lost is ``request_leg``'s affair; it comes here again for anothe
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -77,6 +77,7 @@ class Session:
         "grant",
         "health_text",
         "healthy",
+        "hosts",
         "id",
         "in_flight",
         "key",
@@ -101,6 +102,7 @@ class Session:
         self.grant = grant
         self.agent = agent
         self.capabilities: frozenset[str] = frozenset()  # what its client said it can and will do
+        self.hosts: tuple[str, ...] = ()  # custom hosts that its client serves: see ``hosts``
         self.since = since
         self.links: dict[int, Link] = {}
         self.lingering: set[Link] = set()  # replaced or retired, their exchanges still count
@@ -333,21 +335,40 @@ class Tunnel:
 class Registry:
     """All tunnels of a server."""
 
-    def __init__(self, limits: RegistryLimits) -> None:
+    def __init__(
+        self,
+        limits: RegistryLimits,
+        known: Callable[[str], bool] = lambda name: False,
+        only: Callable[[], str] = lambda: "",
+        since: float = 0.0,
+    ) -> None:
+        """``known`` says of a name that was never registered here whether it is somebody's all the same.
+
+        ``only`` gives the only such name, empty if there is not just one. ``since`` is when this server began, on the
+        loop's clock: since then such a tunnel is without a client.
+        """
         self.limits = limits
+        self._known = known
+        self._only = only
+        self._since = since
         self.tunnels: dict[str, Tunnel] = {}
         self._sessions = 0
         self._waiting: set[Tunnel] = set()
         self._parked: set[Tunnel] = set()  # those with sessions that nobody else will offer again
 
     def tunnel(self, name: str) -> Tunnel | None:
-        """The tunnel of that name, if it was ever registered here."""
-        return self.tunnels.get(name)
+        """The tunnel of that name, if it was ever registered, here or elsewhere. Raises TunnelError."""
+        tunnel = self.tunnels.get(name)
+        if tunnel is None and self._known(name):
+            tunnel = self._new_tunnel(name, self._since)
+        return tunnel
 
     def only_tunnel(self) -> Tunnel | None:
-        """The only tunnel that is served now, or that ever was."""
+        """The only tunnel that is served now, or that ever was. Raises TunnelError."""
         served = [tunnel for tunnel in self.tunnels.values() if tunnel.sessions]
         candidates = served or list(self.tunnels.values())
+        if not candidates and (name := self._only()):
+            return self.tunnel(name)
         return candidates[0] if len(candidates) == 1 else None
 
     def remember(self, name: str, lost_at: float) -> None:
@@ -366,9 +387,7 @@ class Registry:
         name = grant.tunnel
         tunnel = self.tunnels.get(name)
         if tunnel is None:
-            if len(self.tunnels) >= self.limits.tunnels:
-                self._forget_one()
-            tunnel = self.tunnels[name] = Tunnel(name, now)
+            tunnel = self._new_tunnel(name, now)
         session = tunnel.sessions.get(session_id)
         if session is None and len(tunnel.sessions) >= self.limits.sessions:
             raise TunnelError(ErrorCode.CONNECTION_LIMIT_REACHED, "the tunnel has as many sessions as it may")
@@ -443,6 +462,12 @@ class Registry:
         for leg in link.legs():
             if isinstance(leg, RequestLeg):
                 leg.rescue()
+
+    def _new_tunnel(self, name: str, lost_at: float) -> Tunnel:
+        if len(self.tunnels) >= self.limits.tunnels:
+            self._forget_one()
+        tunnel = self.tunnels[name] = Tunnel(name, lost_at)
+        return tunnel
 
     def _forget_one(self) -> None:
         for name, tunnel in self.tunnels.items():

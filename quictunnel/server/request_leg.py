@@ -111,7 +111,7 @@ class RequestLeg(StreamLeg):
         link = self.link
         if link is None or self.stream_id < 0:
             return True
-        if link.refused_from is not None and self.first_sent >= link.refused_from:
+        if link.refused and self.first_sent >= link.refused_from:
             return True
         with suppress(*STREAM_OVER):
             return link.queued(self.stream_id) >= self.written

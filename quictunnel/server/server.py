@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Collection, Iterable
+from collections.abc import Awaitable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -17,18 +17,23 @@ from quictunnel.http.visitor import VisitorLimits, VisitorListener
 from quictunnel.log import AccessLog
 from quictunnel.quic.engine import Engine, ServerIdentity
 from quictunnel.quic.listen import LinkListener
+from quictunnel.quic.steering import Steering
 from quictunnel.quic.succession import Predecessor
+from quictunnel.server.book import Book
 from quictunnel.server.entry import ProxyEntry
 from quictunnel.server.gate import Gate
+from quictunnel.server.hosts import Hosts
 from quictunnel.server.probes import Prober
 from quictunnel.server.registry import Registry, RegistryLimits
 from quictunnel.trust.certificates import Issuer
+from quictunnel.trust.owners import Owners
 from quictunnel.trust.tokens import TokenStore
 from quictunnel.wire.control import Authority
 from quictunnel.wire.credit import WindowBudget
+from quictunnel.wire.errors import TunnelError
 from quictunnel.wire.fields import tunnel_name
 
-__all__ = ["Known", "Server", "ServerConfig", "Sockets"]
+__all__ = ["Known", "Server", "ServerConfig", "Sockets", "public_urls"]
 
 _LOOK_EVERY: Final = 0.02
 "seconds"
@@ -51,9 +56,12 @@ class ServerConfig:
     "where visitors come in by TLS, beside ``http``"
 
     issuer: Issuer | None = None
-    "makes certificates for tunnels of a domain whose wildcard no certificate can have"
+    "makes certificates for custom hosts, and for tunnels of a domain whose wildcard no certificate can have"
 
     default_tunnel: bool = False
+    max_names: int = 1000
+    "tunnel names and custom hosts that one token may have"
+
     trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = ()
     retry: str = "auto"
     window_budget: int = 256 * 1024 * 1024
@@ -61,6 +69,10 @@ class ServerConfig:
 
     visitors: VisitorLimits = field(default_factory=VisitorLimits)
     registry: RegistryLimits = field(default_factory=RegistryLimits)
+
+    worker: int = 0
+    workers: int = 1
+    "how many processes share the ports, and which of them this is"
 
 
 class Sockets(NamedTuple):
@@ -85,23 +97,33 @@ class Known(NamedTuple):
 class Server:
     """Accepts visitors and clients, and brings them together."""
 
-    def __init__(self, config: ServerConfig, engine: Engine, tokens: TokenStore, access: AccessLog) -> None:
-        """Raises OSError and ValueError for a certificate or key that cannot be used."""
+    def __init__(
+        self, config: ServerConfig, engine: Engine, tokens: TokenStore, owners: Owners, access: AccessLog
+    ) -> None:
+        """``owners`` is closed with it. Raises OSError and ValueError for a certificate or key that cannot be used."""
         self._config = config
         self._access = access
         loop = asyncio.get_running_loop()
         self._loop = loop
         budget = WindowBudget(config.window_budget)
-        self.registry = Registry(config.registry)
+        self._book = Book(owners, tokens, max_names=config.max_names, now=_now, clock=loop.time)
+        self.registry = Registry(config.registry, self._book.knows, self._book.only, loop.time())
+        self._hosts = Hosts(self.registry.tunnel, self._book.host)
         self.gate = Gate(
             self.registry,
             tokens,
+            self._book,
+            self._hosts,
+            domain=config.domain,
             authority=Authority(config.authority, _own_certificate(config.identity)),
             public_urls=self.public_urls,
-            now=lambda: datetime.now(UTC),
+            now=_now,
+            worker=config.worker,
+            workers=config.workers,
         )
         self.entry = ProxyEntry(
             self.registry,
+            self._hosts,
             budget,
             access,
             domain=config.domain,
@@ -118,8 +140,9 @@ class Server:
         self._issuer = config.issuer
         self._tls: VisitorTls | None = None
         if config.https is not None:
-            self._tls = VisitorTls(config.identity.certificate, config.identity.key, self._issue)
-        self.links = LinkListener(engine, config.identity, self.gate, budget, retry=config.retry)
+            self._tls = VisitorTls(config.identity.certificate, config.identity.key, self._issue, self._own_name)
+        steering = Steering(config.worker, config.workers)
+        self.links = LinkListener(engine, config.identity, self.gate, budget, retry=config.retry, steering=steering)
         self.prober = Prober(self.registry, budget, loop.time)
         self.gate.on_accepted = self.links.accepted
         self._ticker: asyncio.TimerHandle | None = None
@@ -138,6 +161,11 @@ class Server:
         """Take clients in; what comes for links of ``before`` is passed on to it. Raises OSError as ``start``."""
         quic = self._config.quic
         self.links.predecessor = before
+        if sockets is not None:
+            # Clients are told of these before visitors are let in.
+            self.http_address = sockets.http[0].getsockname()[:2]
+            if sockets.https:
+                self.https_address = sockets.https[0].getsockname()[:2]
         starting = self.links.start(*quic, sock=None if sockets is None else sockets.quic)
         self.quic_address = await _bound(starting, "--quic", quic)
         self._tick()
@@ -157,15 +185,19 @@ class Server:
             self.close()
             raise
 
-    def public_urls(self, name: str) -> list[str]:
-        """Where visitors find the tunnel of that name, the best way first."""
-        host = f"{name}.{self._config.domain}"
-        port = self.http_address[1]
-        urls = [f"http://{host}" + ("" if port == 80 else f":{port}")]
-        if self.https_address is not None:
-            port = self.https_address[1]
-            urls.insert(0, f"https://{host}" + ("" if port == 443 else f":{port}"))
-        return urls
+    def public_urls(self, name: str, hosts: Sequence[str] = ()) -> list[str]:
+        """Where visitors find the tunnel of that name and of these custom hosts, the best way first."""
+        own = f"{name}.{self._config.domain}"
+        exact = [host for host in hosts if not host.startswith("*.")]
+        wild = [host for host in hosts if host.startswith("*.")]
+        return [
+            *(self._urls(host)[0] for host in exact),
+            *self._urls(own),
+            *(self._urls(host)[0] for host in wild),
+        ]
+
+    def _urls(self, host: str) -> list[str]:
+        return public_urls(host, self.http_address, self.https_address)
 
     # The end
 
@@ -193,6 +225,7 @@ class Server:
         self.visitors.close()
         self.gate.close()
         self.links.close()
+        self._book.close()
         self._access.close()
 
     # One server takes over from another
@@ -257,16 +290,41 @@ class Server:
         self.gate.authority = Authority(config.authority, certificate)
         self.links.retry = config.retry
         self.registry.limits = config.registry
+        self._book.max_names = config.max_names
         self.visitors.change(config.visitors, config.trusted_proxies)
         self.entry.default_tunnel = config.default_tunnel
         self._config = config
 
-    def _issue(self, host: str) -> bytes:
-        """A certificate of its own for a tunnel's host, empty for any other host."""
-        name = tunnel_name(host, self._config.domain)
-        if self._issuer is None or name is None or self.registry.tunnel(name) is None:
-            return b""
-        return self._issuer.issue(host, datetime.now(UTC))
+    def _own_name(self, host: str) -> str:
+        """What a certificate of its own for a visitor's host is to be for; empty for a host that needs or has none."""
+        domain = self._config.domain
+        if self._issuer is None or host == domain:
+            return ""
+        name = tunnel_name(host, domain)
+        with suppress(TunnelError):
+            if name is None:
+                pattern = self._hosts.pattern(host)
+                return host if pattern.startswith("*.") and "." not in pattern[2:] else pattern
+            # Below a domain of more labels the server's own certificate is for all of them.
+            if "." not in domain and "." not in name and self.registry.tunnel(name) is not None:
+                return host
+        return ""
+
+    def _issue(self, name: str) -> bytes:
+        assert self._issuer is not None
+        return self._issuer.issue(name, _now())
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def public_urls(host: str, http: tuple[str, int], https: tuple[str, int] | None) -> list[str]:
+    """Where visitors find a host of a server that is bound to these addresses, the best way first."""
+    urls = [f"http://{host}" + ("" if http[1] == 80 else f":{http[1]}")]
+    if https is not None:
+        urls.insert(0, f"https://{host}" + ("" if https[1] == 443 else f":{https[1]}"))
+    return urls
 
 
 def _own_certificate(identity: ServerIdentity) -> str:

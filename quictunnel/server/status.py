@@ -106,7 +106,7 @@ class Status:
             "agent": session.agent,
             "address": _place(links[0]) if links else "",
             "token": session.grant.token_id,
-            "hosts": list(getattr(session, "hosts", ())),
+            "hosts": list(session.hosts),
             "weight": session.weight,
             "health": self._health(session),
             "health_text": session.health_text,

@@ -154,6 +154,12 @@ class Owners:
         with _understood(self.path):
             return [Held(*row) for row in self._book.execute(f"{_LOOK} ORDER BY token, kind DESC, name")]
 
+    def only(self) -> Held | None:
+        """The only tunnel's name that there is. Raises TrustError."""
+        with _understood(self.path):
+            rows = self._book.execute(f"{_LOOK} WHERE kind = 'tunnel' LIMIT 2").fetchall()
+        return Held(*rows[0]) if len(rows) == 1 else None
+
     # Writing
 
     def claim(self, claim: Claim, now: float, *, limit: int, stands: Stands, in_use: Callable[[str], bool]) -> None:

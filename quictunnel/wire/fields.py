@@ -255,9 +255,11 @@ def parse_host(value: bytes) -> tuple[str, int | None]:
 
 
 def tunnel_name(host: str, domain: str) -> str | None:
-    """The NAME of a host ``NAME.<domain>``, both in the form that ``parse_host`` gives; None for every other host."""
-    name, _, parent = host.partition(".")
-    return name if name and parent == domain else None
+    """The NAME of a host ``NAME.<domain>``, both in the form that ``parse_host`` gives; None for every other host.
+
+    A deeper host has a name with dots, which is no tunnel's: it must not be taken for somebody else's host.
+    """
+    return host[: -len(domain) - 1] if host.endswith(domain) and host[-len(domain) - 1 : -len(domain)] == "." else None
 
 
 def _ipv6(address: bytes) -> str:

@@ -208,8 +208,8 @@ def test_a_tunnel_has_a_certificate_of_its_own_and_no_file_of_it_is_left(tunnel:
         assert certificate is not None
         assert certificate["subjectAltName"] == (("DNS", "app.localhost"),)
     kept = {path.name for path in tunnel.server.state.iterdir()}
-    kept -= {"run", ".lock", ".tokens.json.lock"}
-    assert kept == {"ca.key", "ca.pem", "local.join", "server.key", "server.pem", "tokens.json"}
+    kept -= {"run", ".lock", ".tokens.json.lock", ".names.db.lock", "names.db-shm", "names.db-wal"}
+    assert kept == {"ca.key", "ca.pem", "local.join", "names.db", "server.key", "server.pem", "tokens.json"}
 
 
 @pytest.mark.slow

@@ -1,14 +1,18 @@
 """The server's UDP door: address checks, versions, garbage, and handshakes that lead nowhere."""
 
 import asyncio
+import time
 
 import pytest
 
+from quictunnel.quic.dial import Way, dial, resolve
 from quictunnel.quic.engine import ClientTrust, ServerIdentity, select_engine
 from quictunnel.quic.first_packets import parse_long_header
-from quictunnel.quic.link import LinkClosed
+from quictunnel.quic.link import Link, LinkClosed
 from quictunnel.quic.listen import HANDSHAKE_TIME, LinkListener
+from quictunnel.quic.sockets import QUOTED, DatagramSocket, Refusal
 from tests.support.clock import run
+from tests.support.crowd import until
 from tests.support.door import STRANGER, Door, at_door, first_flight, is_retry
 from tests.support.memory import SERVER, Network, identity
 
@@ -213,3 +217,165 @@ def test_link_that_is_abandoned_is_out_of_the_tables(engine: str) -> None:
         assert not door.listener.links
 
     at_door(work, engine)
+
+
+# Refusals
+
+
+def test_only_what_was_sent_to_a_client_can_be_refused(engine: str) -> None:
+    """Anybody may send ICMP: without the beginning of a datagram that was sent there it says nothing."""
+
+    async def work(door: Door) -> None:
+        sent: list[bytes] = []
+        door.lose = lambda data, to_server: bool(not to_server and sent.append(data))
+        _, server = await door.joined()
+        _, other_server = await door.joined()
+        server.ping()
+        await door.until(lambda: server.round_trip is not None)
+        (place, elsewhere) = door.clients
+        told: list[Link] = []
+        door.server_owner.link_refused = told.append  # type: ignore[method-assign]
+        number = server.sent - 1
+        (quoted,) = [data[:QUOTED] for data in sent if server.number_of(data) == number]
+        for beginning, where in [
+            (quoted[:-1], place),
+            (b"", place),
+            (quoted[:8], place),
+            (quoted[:-1] + bytes([quoted[-1] ^ 1]), place),
+            (quoted, elsewhere),
+            (quoted, (place[0], place[1] + 7)),
+            (quoted, STRANGER),
+        ]:
+            door.listener._refused([Refusal(beginning, where)])
+            assert not server.refused
+            assert not other_server.refused
+        door.listener._refused([Refusal(quoted, (*place, 0, 0))])
+        assert (server.refused, server.refused_from, told) == (True, number, [server])
+        assert server.silent_for() == float("inf")
+        assert not other_server.refused
+
+    at_door(work, engine)
+
+
+def test_refusal_names_the_first_datagram_that_did_not_arrive(engine: str) -> None:
+    async def work(door: Door) -> None:
+        client, server = await door.joined()
+        sent: list[bytes] = []
+        door.lose = lambda data, to_server: not to_server and (sent.append(data) or True)
+        first = server.sent
+        for _ in range(4):
+            server.ping()
+            await asyncio.sleep(0.001)
+        (place,) = door.clients
+        assert [server.number_of(data) for data in sent] == [first, first + 1, first + 2, first + 3]
+        door.listener._refused([Refusal(data[:QUOTED], place) for data in (sent[2], sent[3])])
+        assert server.refused_from == first + 2
+        door.listener._refused([Refusal(sent[1][:QUOTED], place)])
+        assert server.refused_from == first + 1
+        door.lose = lambda data, to_server: False
+        client.ping()
+        await door.until(lambda: not server.refused)
+        door.listener._refused([Refusal(sent[3][:QUOTED], place)])
+        assert server.refused_from == first + 3, "what was refuted counts no more"
+
+    at_door(work, engine)
+
+
+def test_only_the_last_datagrams_can_be_refused(engine: str) -> None:
+    async def work(door: Door) -> None:
+        _, server = await door.joined()
+        sent: list[bytes] = []
+        door.lose = lambda data, to_server: bool(not to_server and sent.append(data))
+        first = server.sent
+        while len(sent) < 300:
+            server.ping()
+            await asyncio.sleep(0.02)
+        known = [number for number in map(server.number_of, sent) if number is not None]
+        assert known == list(range(first + len(sent) - 256, first + len(sent)))
+
+    at_door(work, engine)
+
+
+def test_client_whose_port_stays_closed_is_given_up(engine: str) -> None:
+    async def work(door: Door) -> None:
+        _, server = await door.joined()
+        since = door.loop.time()
+        door.lose = lambda data, to_server: True  # it is gone, and its host says so of each datagram
+        server._send = lambda data, address: door.loop.call_later(
+            0.01, door.listener._refused, [Refusal(data[:QUOTED], address)]
+        )
+        server.ping()
+        await door.until(lambda: server.closed is not None)
+        assert str(server.closed) == "nobody listens at the client's port any more"
+        assert 1 <= door.loop.time() - since <= 3.5
+        assert door.tables == (0, 0, 0)
+
+    at_door(work, engine)
+
+
+def test_client_that_is_heard_again_is_not_given_up(engine: str) -> None:
+    async def work(door: Door) -> None:
+        _, server = await door.joined()
+        door.listener.accepted(server)
+        (place,) = door.clients
+        send = server._send
+        sent: list[bytes] = []
+        server._send = lambda data, address: (sent.append(data), send(data, address))
+        for _ in range(10):  # stale or forged by someone on the path: the client is there and answers
+            server.ping()
+            await asyncio.sleep(0.5)
+            door.listener._refused([Refusal(sent[-1][:QUOTED], place)])
+            assert server.refused
+        await asyncio.sleep(2)
+        assert not server.refused
+        assert server.closed is None
+
+    at_door(work, engine)
+
+
+async def test_server_knows_by_its_next_datagram_that_a_client_was_killed(engine: str) -> None:
+    """On real sockets, which are all that is told of a killed process: its port is closed."""
+    network = Network(engine, engine)
+    owner = network.server_owner
+    listener = LinkListener(select_engine(engine), identity()[0], owner, network.server_budget)
+    host, port = await listener.start("127.0.0.1", 0)
+    trust = ClientTrust("localhost", identity()[1])
+    (server, *_) = await resolve(host, port, 5)
+    clients = [
+        await dial(network.client_engine, server, trust, network.client_owner, network.client_budget, timeout=5)
+        for _ in range(2)
+    ]
+    await until(lambda: len(owner.links) == 2)
+    killed, neighbour = [
+        next(link for link in owner.links if link.address == local_address(client)) for client in clients
+    ]
+    told: list[Link] = []
+    owner.link_refused = told.append  # type: ignore[method-assign]
+    local_socket(clients[0]).close()
+    began = time.monotonic()
+    number = killed.sent
+    killed.ping()
+    neighbour.ping()
+    await until(lambda: killed.refused)
+    print(f"{engine}: known after {1000 * (time.monotonic() - began):.1f} ms")
+    assert told[0] is killed
+    assert killed.refused_from == number
+    await until(lambda: neighbour.round_trip is not None)
+    assert not neighbour.refused
+    assert listener.socket is not None
+    assert listener.socket.dropped == 0
+    listener.close()
+    for client in clients:
+        client.drop()
+    await network.close()
+
+
+def local_socket(way: Way) -> DatagramSocket:
+    """The socket that a client's link goes over."""
+    assert way._socket is not None
+    return way._socket
+
+
+def local_address(way: Way) -> tuple[str, int]:
+    address: tuple[str, int] = local_socket(way).sock.getsockname()
+    return address

@@ -4,13 +4,15 @@ import asyncio
 import importlib.util
 import itertools
 import socket
+import struct
+import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 
 from quictunnel.quic import sockets
-from quictunnel.quic.sockets import DatagramSocket, enlarge_buffers
+from quictunnel.quic.sockets import QUOTED, DatagramSocket, Refusal, enlarge_buffers
 from tests.support.crowd import until
 
 Address = Any
@@ -52,15 +54,20 @@ def bound(host: str = "127.0.0.1") -> socket.socket:
 class Taken:
     """What a socket hands over."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, *, asks: bool = False) -> None:
         self.datagrams: list[tuple[bytes, Address]] = []
         self.errors: list[OSError] = []
-        self.socket = DatagramSocket(sock, self._received, self.errors.append)
+        self.refusals: list[list[Refusal]] = []
+        self.socket = DatagramSocket(sock, self._received, self.errors.append, self.refusals.append if asks else None)
         self.on_datagram: Callable[[], None] = lambda: None
 
     def _received(self, data: bytes, address: Address) -> None:
         self.datagrams.append((data, address))
         self.on_datagram()
+
+    @property
+    def refused(self) -> list[Refusal]:
+        return list(itertools.chain.from_iterable(self.refusals))
 
     @property
     def data(self) -> list[bytes]:
@@ -195,6 +202,133 @@ def test_refusal_is_told_and_reading_goes_on(host: str, play: Callable[..., None
         client.socket.close()
 
     play(work())
+
+
+# Refusals on an unconnected socket
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells an unconnected socket of refusals")
+
+
+def dead(host: str = "127.0.0.1") -> Address:
+    """An address that nobody listens at any more."""
+    with bound(host) as sock:
+        address: Address = sock.getsockname()
+        return address
+
+
+@linux
+@pytest.mark.parametrize(
+    ("host", "peer"), [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("::", "::1"), ("::", "::ffff:127.0.0.1")]
+)
+def test_unconnected_socket_is_told_what_was_refused(host: str, peer: str, play: Callable[..., None]) -> None:
+    async def work() -> None:
+        taken = Taken(bound(host), asks=True)
+        gone = (peer, dead("::" if "ffff" in peer else peer)[1])
+        for number in range(3):  # uvloop has to be woken again after each
+            beginning = b"%d" % number * QUOTED
+            taken.socket.send(beginning + b"the rest", gone)
+            await until(lambda: taken.refusals)
+            (refusal,) = taken.refused
+            assert (refusal.quoted, refusal.address[:2]) == (beginning, gone)
+            taken.refusals.clear()
+        taken.socket.send(b"short", gone)
+        await until(lambda: taken.refusals)
+        assert taken.refused[0].quoted == b"short"
+        with bound(peer if "ffff" not in peer else "::") as alive:
+            alive.sendto(b"alive", (peer, taken.socket.sock.getsockname()[1]))
+            await until(lambda: taken.datagrams)
+            taken.socket.send(b"you too", taken.datagrams[0][1])
+            assert alive.recv(100) == b"you too"
+        taken.socket.close()
+
+    play(work())
+
+
+@linux
+def test_dead_peer_costs_others_no_datagram(play: Callable[..., None]) -> None:
+    """The kernel reports a refusal by failing the next datagram, whoever that is for."""
+
+    async def work() -> None:
+        taken = Taken(bound(), asks=True)
+        gone = [dead() for _ in range(5)]
+        alive = [bound() for _ in range(50)]
+        places = [sock.getsockname() for sock in alive]
+        for number in range(40):
+            for index, place in enumerate(places):
+                if index % 3 == 0:
+                    taken.socket.send(b"anyone?", gone[index % 5])
+                taken.socket.send(b"%d" % number, place)
+            await asyncio.sleep(0)  # the kernel keeps a hundred refusals for us
+        for sock in alive:
+            assert [sock.recv(100) for _ in range(40)] == [b"%d" % number for number in range(40)]
+            sock.close()
+        assert taken.socket.dropped == 0
+        await until(lambda: len(taken.refused) == 40 * 17)
+        assert {refusal.address for refusal in taken.refused} == set(gone)
+        taken.socket.close()
+
+    play(work())
+
+
+@linux
+def test_flood_of_refusals_leaves_others_their_turns(play: Callable[..., None]) -> None:
+    async def work() -> None:
+        taken = Taken(bound(), asks=True)
+        gone = dead()
+        before: list[int] = []
+        taken.on_datagram = lambda: before.append(len(taken.refused))
+        with bound() as alive:
+            for _ in range(100):
+                taken.socket.send(b"anyone?", gone)
+            alive.sendto(b"alive", taken.socket.sock.getsockname())
+            await until(lambda: len(taken.refused) == 100)
+        assert max(map(len, taken.refusals)) <= 64
+        assert before[0] <= 64, "what came had to wait"
+        taken.socket.close()
+
+    play(work())
+
+
+@linux
+def test_refusals_that_the_kernel_does_not_tell_are_done_without(play: Callable[..., None]) -> None:
+    class Old(FullSocket):
+        def setsockopt(self, *option: Any) -> None:
+            raise OSError(92, "Protocol not available")
+
+    async def work() -> None:
+        taken = Taken(Old(bound(), room=100), asks=True)  # type: ignore[arg-type]
+        with bound() as alive:
+            for _ in range(5):
+                taken.socket.send(b"anyone?", dead())
+                taken.socket.send(b"hello", alive.getsockname())
+                assert alive.recv(100) == b"hello"
+        await asyncio.sleep(0.02)
+        assert not taken.refusals
+        assert not taken.errors
+        taken.socket.close()
+
+    play(work())
+
+
+@pytest.mark.parametrize(
+    ("told", "is_refusal"),
+    [
+        ([(0, 11, struct.pack("=IBBBBII", 111, 2, 3, 3, 0, 0, 0) + bytes(16))], True),
+        ([(41, 25, struct.pack("=IBBBBII", 111, 3, 1, 4, 0, 0, 0))], True),
+        ([(0, 8, b"\0" * 12), (0, 11, struct.pack("=IBBBBII", 111, 2, 3, 3, 0, 0, 0))], True),
+        ([(0, 11, struct.pack("=IBBBBII", 113, 2, 3, 1, 0, 0, 0))], False),  # no route to the host, for now
+        ([(0, 11, struct.pack("=IBBBBII", 90, 2, 3, 4, 0, 1280, 0))], False),  # too large for the path
+        ([(0, 11, struct.pack("=IBBBBII", 111, 1, 0, 0, 0, 0, 0))], False),  # an error of this host's
+        ([(0, 11, b"\0" * 8)], False),
+        ([(1, 11, struct.pack("=IBBBBII", 111, 2, 3, 3, 0, 0, 0))], False),
+        ([], False),
+    ],
+)
+def test_only_a_closed_port_is_a_refusal(told: list[tuple[int, int, bytes]], is_refusal: bool) -> None:
+    assert sockets._is_refusal(told) is is_refusal
+
+
+# A full kernel
 
 
 def test_datagrams_wait_in_order_for_room_and_are_bounded(play: Callable[..., None]) -> None:

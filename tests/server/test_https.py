@@ -16,12 +16,12 @@ from quictunnel.app.serve import _renew, make_server
 from quictunnel.log import AccessLog
 from quictunnel.quic.engine import select_engine
 from quictunnel.quic.sockets import settle
-from quictunnel.server.registry import Tunnel
+from quictunnel.server.registry import Session, Tunnel
 from quictunnel.server.server import Server
 from quictunnel.settings import ServeSettings
 from quictunnel.trust.certificates import init, issue
 from quictunnel.trust.files import TrustError
-from quictunnel.trust.tokens import TokenStore
+from quictunnel.trust.tokens import Grant, TokenStore
 from tests.support.tls import TlsVisitor, client_context
 
 
@@ -126,6 +126,51 @@ async def test_every_tunnel_of_any_domain_is_shown_a_certificate_for_it(tmp_path
             if name != "none.t.example.com":  # a wildcard is for all
                 with pytest.raises(ssl.SSLCertVerificationError):
                     await shown(server, tmp_path / "ca.pem", name)
+
+
+def serve_hosts(server: Server, *hosts: str) -> Session:
+    """Have a client of ``app`` say that these are its hosts."""
+    tunnel = server.registry.tunnels["app"]
+    session = Session("s" * 24, 1, tunnel, Grant("id", "app", hosts, None, b""), "agent", 0.0)
+    tunnel.sessions[session.id] = session
+    server._hosts.register(session, hosts)
+    return session
+
+
+@pytest.mark.parametrize("domain", ["localhost", "t.example.com"])
+async def test_custom_hosts_are_shown_certificates_for_them(tmp_path: Path, domain: str) -> None:
+    async with serving(options(tmp_path, domain=domain)) as server:
+        authority = tmp_path / "ca.pem"
+        session = serve_hosts(server, "app.example.org", "*.wild.example.org", "*.intranet")
+        for name in ("app.example.org", "any.wild.example.org", "wiki.intranet", domain):
+            await shown(server, authority, name)
+        for name in ("other.example.org", "wild.example.org", "a.b.wild.example.org", "intranet"):
+            with pytest.raises(ssl.SSLCertVerificationError):
+                await shown(server, authority, name)
+        server.registry.tunnels["app"].sessions.clear()
+        server._hosts.ended(session)
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await shown(server, authority, "app.example.org")
+
+
+async def test_all_hosts_below_a_wildcard_share_one_certificate(tmp_path: Path) -> None:
+    """Names that anybody can make up must not cost a signature each, nor push others' certificates out."""
+    async with serving(options(tmp_path)) as server:
+        serve_hosts(server, "*.example.org")
+        assert server._tls is not None
+        leaves = {server._tls._leaf(f"n{number}.example.org") for number in range(1000)}
+        assert len(leaves) == len(server._tls._leaves) == 1
+
+
+async def test_urls_of_hosts_name_those_that_can_be_opened_first(tmp_path: Path) -> None:
+    async with serving(options(tmp_path)) as server:
+        server.https_address, server.http_address = ("0.0.0.0", 443), ("0.0.0.0", 80)
+        assert server.public_urls("app", ["*.b.example", "a.example"]) == [
+            "https://a.example",
+            "https://app.localhost",
+            "http://app.localhost",
+            "https://*.b.example",
+        ]
 
 
 async def test_urls_name_the_best_door_first(tmp_path: Path) -> None:

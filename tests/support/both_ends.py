@@ -26,6 +26,7 @@ from quictunnel.quic.engine import select_engine
 from quictunnel.quic.stream import StreamLeg
 from quictunnel.server.registry import RegistryLimits
 from quictunnel.server.server import Server, ServerConfig
+from quictunnel.trust.owners import Owners
 from quictunnel.trust.tokens import TokenStore
 from tests.support.crowd import until
 from tests.support.memory import identity
@@ -135,7 +136,7 @@ async def both_ends(
         authority.decode(),
         registry=registry or RegistryLimits(),
     )
-    server = Server(config, select_engine(engines[0]), tokens, AccessLog("text", enabled=False))
+    server = Server(config, select_engine(engines[0]), tokens, Owners(directory), AccessLog("text", enabled=False))
     await server.start()
     if isinstance(backend, int):
         backend = Origin("127.0.0.1", backend)

@@ -19,9 +19,10 @@ from quictunnel.http.visitor_connection import VisitorConnection
 from quictunnel.log import AccessLog
 from quictunnel.quic.engine import select_engine
 from quictunnel.quic.link import Link
-from quictunnel.quic.sockets import DatagramSocket
+from quictunnel.quic.sockets import QUOTED, DatagramSocket, Refusal
 from quictunnel.server.registry import RegistryLimits, Session
 from quictunnel.server.server import Server, ServerConfig
+from quictunnel.trust.owners import Owners
 from quictunnel.trust.tokens import TokenStore
 from quictunnel.wire.errors import TunnelError
 from quictunnel.wire.frames import Data, End, Frame, RequestHead, ResponseHead
@@ -64,6 +65,13 @@ class Endpoint:
         """The kernel has something to say of what was sent."""
         self._owner._note(error)
 
+    def refuse(self, data: bytes, destination: Address) -> None:
+        """Nobody listens where it sent this."""
+        if self.peer is not None:
+            self.fail(ConnectionRefusedError(111, "refused"))
+        elif self._owner._refused is not None:
+            self._owner._refused([Refusal(data[:QUOTED], destination)])
+
     def close(self) -> None:
         """The process that had it is gone."""
         self._owner.close()
@@ -90,8 +98,8 @@ class Datagrams:
         endpoint = self.endpoints.get(destination)
         if endpoint is not None:
             endpoint.deliver(data, source.address)
-        elif self.tells and source.peer is not None and source.is_open:
-            source.fail(ConnectionRefusedError(111, "refused"))
+        elif self.tells and source.is_open:
+            source.refuse(data, destination)
 
 
 class EndsLoop(ClockLoop):
@@ -285,7 +293,9 @@ class Ends:
             trusted_proxies=self.trusted_proxies,
             registry=self.limits,
         )
-        self.server = Server(config, self._engines[0], self.tokens, AccessLog("text", enabled=False))
+        self.server = Server(
+            config, self._engines[0], self.tokens, Owners(self.tokens.path.parent), AccessLog("text", enabled=False)
+        )
         self._servers.append(self.server)
         await self.server.start()
         self._port = self.server.quic_address[1]

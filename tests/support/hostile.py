@@ -15,7 +15,7 @@ from quictunnel.wire.credit import WindowBudget
 from tests.support.ends import Ends
 from tests.support.memory import identity
 
-__all__ = ["HostileClient", "HostileServer", "control", "frame"]
+__all__ = ["HostileClient", "HostileServer", "Workers", "control", "frame"]
 
 
 def frame(kind: int, payload: bytes) -> bytes:
@@ -173,6 +173,80 @@ class HostileServer(LinkOwner):
         connection = link._connection
         connection.send_stream_data(connection.get_next_available_stream_id() if stream < 0 else stream, data, fin)
         link.schedule()
+
+
+class Workers(asyncio.DatagramProtocol):
+    """Processes of one server on one port, each a HostileServer that welcomes and says which one it is.
+
+    A packet of no known connection goes to the process that the first byte of its destination says, or, if the server
+    ``steers`` none, to one that its sender's port says. ``lost`` are processes that nothing reaches.
+    """
+
+    def __init__(self, ends: Ends, engine: str, count: int, *, steers: bool = True) -> None:
+        self._ends = ends
+        self._steers = steers
+        self.lost: set[int] = set()
+        self.servers = [HostileServer(ends, engine) for _ in range(count)]
+        self._retries: dict[bytes, int] = {}
+        for number, server in enumerate(self.servers):
+            server.on_hello = self._welcomes(number)
+
+    def _welcomes(self, number: int) -> Callable[[Link, Hello], None]:
+        return lambda link, hello: link.send_control(Welcome("app", worker=number, workers=len(self.servers)))
+
+    async def start(self) -> "Workers":
+        """In the place of whatever was there."""
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.bind(("127.0.0.1", self._ends._port))
+        self._ends._port = sock.getsockname()[1]
+        self.transport, _ = await self._ends.loop.create_datagram_endpoint(lambda: self, sock=sock)
+        return self
+
+    def stop(self) -> None:
+        """It is gone and has told nobody."""
+        self.transport.close()
+
+    @property
+    def numbers(self) -> list[list[int]]:
+        """Of the links of each process that are not closed."""
+        return [
+            sorted(hello.link for link, hello in zip(each.links, each.hellos, strict=True) if link.closed is None)
+            for each in self.servers
+        ]
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        for number, server in enumerate(self.servers):
+            server.listener.connection_made(_OfWorker(self, transport, number))  # type: ignore[arg-type]
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        cid = data[6 : 6 + data[5]] if data[0] & 0x80 else data[1:9]
+        known = [number for number, each in enumerate(self.servers) if cid in each.listener._links]
+        by_chance = cid[0] if self._steers else addr[1]
+        number = known[0] if known else self._retries.get(cid, by_chance % len(self.servers))
+        if number not in self.lost:
+            self.servers[number].listener.datagram_received(data, addr)
+
+    def sent(self, data: bytes, number: int) -> None:
+        if data[0] & 0xF0 == 0xF0:  # a Retry: its source is what the client sends to next
+            start = 6 + data[5]
+            self._retries[data[start + 1 : start + 1 + data[start]]] = number
+
+
+class _OfWorker:
+    """A process's share of the socket."""
+
+    def __init__(self, workers: Workers, transport: Any, number: int) -> None:
+        self._workers = workers
+        self._transport = transport
+        self._number = number
+
+    def sendto(self, data: bytes, addr: Any) -> None:
+        self._workers.sent(data, self._number)
+        if self._number not in self._workers.lost:
+            self._transport.sendto(data, addr)
+
+    def is_closing(self) -> bool:
+        return bool(self._transport.is_closing())
 
 
 def control(payload: bytes) -> bytes:

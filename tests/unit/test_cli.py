@@ -16,6 +16,7 @@ import quictunnel
 from quictunnel.cli import main
 from quictunnel.options import CommandError, Settings
 from quictunnel.trust.files import TrustError
+from quictunnel.trust.owners import Claim, Owners
 from quictunnel.trust.tokens import TokenStore
 from quictunnel.values import Address
 
@@ -124,6 +125,13 @@ def test_a_log_file_that_cannot_be(capsys: pytest.CaptureFixture[str], tmp_path:
         (["token", "create"], "--tunnel is missing: "),
         (["token", "create", "--tunnel", "a", "--expires", "soon"], "--expires: 'soon': "),
         (["token", "create", "--tunnel", "a/b"], "'a/b' is not a tunnel pattern"),
+        (["token", "create", "--tunnel", "a", "--host", "*"], "'*' is not a host name: "),
+        (
+            ["token", "create", "--tunnel", "a", "--host", "b\u00fccher.example"],
+            "the host name 'b\\xfccher.example' has ",
+        ),
+        (["token", "release"], "NAME is missing: "),
+        (["token", "release", "a/b"], "NAME: 'a/b': 'a/b' is not a host name: "),
         (["certs", "issue", "--days", "500", "a.example"], "--days: '500': the number must be 1..397"),
         (["load", "http://localhost", "--stages", "fast"], "--stages: 'fast': "),
         (["load", "localhost"], ""),
@@ -152,6 +160,7 @@ def test_wrong_use_is_one_line_and_status_2(argv: list[str], said: str, capsys: 
         ["token", "create"],
         ["token", "list"],
         ["token", "revoke"],
+        ["token", "release"],
         ["load"],
     ],
     ids=" ".join,
@@ -200,6 +209,54 @@ def test_a_token_lives_and_dies(tmp_path: Path, capsys: pytest.CaptureFixture[st
     output = capsys.readouterr().out
     assert "revoked" in output
     assert secret not in output
+
+
+def test_tokens_are_listed_with_the_hosts_they_are_for_and_what_they_hold(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = ["--state-dir", str(tmp_path)]
+    assert main(["token", "create", "--tunnel", "*", "--host", "*.Example.com", "--host", "a.example.org", *state]) == 0
+    output = capsys.readouterr()
+    assert "good for *, *.Example.com, a.example.org for ever" in output.err
+    token = output.out.split("_")[1]
+    owners = Owners(tmp_path)
+    for name, hosts in (("1", []), ("app", ["b.example.com", "*.example.com"]), ("web", ["a.example.org"])):
+        owners.claim(Claim(token, name, hosts), 1.0, limit=9, stands=lambda *_: True, in_use=lambda _: False)
+    assert main(["token", "list", "--json", *state]) == 0
+    [row] = json.loads(capsys.readouterr().out)
+    assert row["hosts"] == ["*.example.com", "a.example.org"]
+    assert row["holds"] == ["1", "app", "web", "*.example.com", "a.example.org", "b.example.com"]
+    assert main(["token", "list", *state]) == 0
+    head, line = capsys.readouterr().out.splitlines()
+    assert head.split() == ["ID", "STATE", "TUNNELS", "HOSTS", "HOLDS", "EXPIRES", "NOTE"]
+    assert line.split() == [token, "active", "*", "*.example.com,a.example.org", "1,app,web,+3", "never"]
+    for given, kind in (("APP", "tunnel"), ("1", "tunnel"), ("*.example.COM.", "host")):
+        assert main(["token", "release", given, *state]) == 0
+        name = given.lower().rstrip(".")
+        assert capsys.readouterr().out == f"{kind} {name} was token {token}'s, and is whoever's registers it first\n"
+        assert main(["token", "release", given, *state]) == 1
+        assert capsys.readouterr().err.startswith(f"quictunnel: no token holds {name}; `quictunnel token list` shows ")
+    assert [held.name for held in owners.all()] == ["web", "a.example.org", "b.example.com"]
+    owners.close()
+
+
+def test_lists_of_a_directory_without_a_book_make_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = ["--state-dir", str(tmp_path)]
+    assert main(["token", "create", "--tunnel", "a", *state]) == 0
+    assert main(["token", "list", *state]) == 0
+    assert main(["token", "release", "a", *state]) == 1
+    assert not list(tmp_path.glob("*names*"))
+
+
+def test_a_broken_book_of_names_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "names.db").write_bytes(b"")
+    for command in (["list"], ["release", "a"]):
+        assert main(["token", *command, "--state-dir", str(tmp_path)]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(
+            f"quictunnel: {tmp_path}/names.db is not a book of names; restore it from a copy, or move"
+        )
+        assert error.count("\n") == 1
 
 
 def test_an_unknown_token_cannot_be_revoked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from quictunnel.app.connect import agent_config
 from quictunnel.client.agent import AgentConfig
 from quictunnel.client.fan_out import FanOut, host_rule
-from quictunnel.client.reach import FIRST_RETRY, LONGEST_RETRY, QUICK_FOR, QUICK_RETRY, Backoff
+from quictunnel.client.reach import FIRST_RETRY, LONGEST_RETRY, QUICK_FOR, QUICK_RETRY, Backoff, Place
 from quictunnel.exchange import Leg
 from quictunnel.options import CommandError
 from quictunnel.quic.stream import StreamLeg
@@ -143,6 +143,21 @@ def test_options_win_over_the_join_string(tmp_path: Path, authority: Path) -> No
     pem = authority.read_text()
     assert made.authority is not None
     assert ssl.PEM_cert_to_DER_cert(made.authority.decode()) == ssl.PEM_cert_to_DER_cert(pem)
+
+
+def test_several_servers_are_dialled_in_order_each_by_its_own_name(tmp_path: Path) -> None:
+    servers = (Address("a.example", 1), Address("b.example", 2))
+    made = config(tmp_path, join=JOIN.encode(), server=servers)
+    assert made.places == [Place("a.example", 1, "a.example"), Place("b.example", 2, "b.example")]
+    made = config(tmp_path, join=JOIN.encode(), server=servers, server_name="c.example")
+    assert made.places == [Place("a.example", 1, "c.example"), Place("b.example", 2, "c.example")]
+
+
+def test_what_the_tunnel_is_to_be_is_passed_on(tmp_path: Path) -> None:
+    made = config(tmp_path, join=JOIN.encode(), host="App.Example.com.,*.example.com", weight="3", sticky="cookie")
+    assert (made.hosts, made.weight, made.sticky) == (("app.example.com", "*.example.com"), 3, "cookie")
+    plain = config(tmp_path, join=JOIN.encode())
+    assert (plain.hosts, plain.weight, plain.sticky) == ((), 1, "")
 
 
 def test_server_on_this_machine_needs_no_options(tmp_path: Path) -> None:

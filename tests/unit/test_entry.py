@@ -1,6 +1,7 @@
 """ProxyEntry: which tunnel a request is for, and what it is told when there is none."""
 
 import re
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -8,10 +9,13 @@ import pytest
 from quictunnel.log import AccessLog
 from quictunnel.quic.stream import StreamLeg
 from quictunnel.server.entry import ProxyEntry
+from quictunnel.server.hosts import Hosts
 from quictunnel.server.registry import Registry, RegistryLimits
+from quictunnel.trust.owners import Held
 from quictunnel.trust.tokens import Grant
 from quictunnel.wire.credit import WindowBudget
 from quictunnel.wire.errors import ErrorCode, TunnelError
+from quictunnel.wire.fields import parse_host
 from quictunnel.wire.frames import RequestHead
 from tests.support.memory import Recorder
 from tests.unit.test_registry import FakeLink
@@ -23,6 +27,7 @@ class Visitor(Recorder):
     def __init__(self, tunnel_header: bytes = b"") -> None:
         super().__init__()
         self.tunnel_header = tunnel_header
+        self.host = ""
         self.request_id = ""
         self.tunnel: Any = None
         self.error: TunnelError | None = None
@@ -51,6 +56,8 @@ class Entry:
 
     def __init__(self, *names: str, domain: str = "example.com", default_tunnel: bool = False) -> None:
         self.registry = Registry(RegistryLimits(in_flight=3))
+        self.known: dict[str, Held] = {}
+        self.hosts = Hosts(self.registry.tunnel, self.known.get)
         self.links: dict[str, FakeLink] = {}
         self.access = Access()
         self.now = 12.0
@@ -60,6 +67,7 @@ class Entry:
             self.registry.register(grant, f"session-{name}", "agent", 0, link, 0.0)  # type: ignore[arg-type]
         self.entry = ProxyEntry(
             self.registry,
+            self.hosts,
             WindowBudget(0),
             self.access,
             domain=domain,
@@ -69,6 +77,8 @@ class Entry:
 
     def ask(self, host: str, header: bytes = b"") -> Visitor:
         visitor = Visitor(header)
+        with suppress(ValueError):  # the door refuses such a request
+            visitor.host = parse_host(host.encode("utf-8"))[0]
         head = RequestHead(b"GET", b"http", host.encode("utf-8"), b"/", [])
         self.entry.open_exchange(head, visitor)  # type: ignore[arg-type]
         return visitor
@@ -111,6 +121,60 @@ def test_request_goes_to_the_tunnel_it_names(host: str, header: bytes, name: str
         assert visitor.tunnel.name == name
         assert isinstance(visitor.peer, StreamLeg)
         assert entry.links[name].legs == [visitor.peer]
+
+
+HOSTS = [
+    ("shop.example.org", b"", "app"),
+    ("SHOP.example.org.:8443", b"other", "app"),  # before the header
+    ("any.shop.example", b"", "other"),
+    ("a_b.shop.example", b"", "other"),  # as visitors write it
+    ("vip.shop.example", b"", "app"),  # by name before by wildcard
+    ("a.b.shop.example", b"", None),
+    ("shop.example", b"", None),
+    ("shop.example", b"app", "app"),  # of nobody's host, as ever
+    ("app.example.com", b"", "app"),
+    ("example.com", b"", None),  # the domain is no custom host, whoever has the wildcard above it
+    ("example.com", b"other", "other"),
+    ("app.shop.example.com", b"app", None),  # deeper names below the domain are nobody's
+    ("a_b.example.com", b"app", None),
+    ("192.0.2.1", b"app", "app"),
+    ("[2001:db8::1]:80", b"app", "app"),
+]
+
+
+@pytest.mark.parametrize(("host", "header", "name"), HOSTS, ids=[f"{host} {header!r}" for host, header, _ in HOSTS])
+def test_custom_host_comes_before_all_else(host: str, header: bytes, name: str | None) -> None:
+    entry = Entry("app", "other")
+    for tunnel, hosts in (("app", ["shop.example.org", "vip.shop.example"]), ("other", ["*.shop.example", "*.com"])):
+        (session,) = entry.registry.tunnels[tunnel].sessions.values()
+        entry.hosts.register(session, hosts)
+    visitor = entry.ask(host, header)
+    if name is None:
+        assert visitor.code == ErrorCode.DESTINATION_NOT_FOUND
+    else:
+        assert not visitor.errors
+        assert visitor.tunnel.name == name
+
+
+def test_host_that_only_the_book_knows_is_a_tunnel_without_a_client() -> None:
+    entry = Entry("app", "other")
+    entry.known["shop.example.org"] = Held("host", "shop.example.org", "id", "app", False, 0, 0)
+    entry.links["app"].close(0, "gone")
+    entry.now += 60.0
+    visitor = entry.ask("shop.example.org", b"other")
+    assert visitor.code == ErrorCode.DESTINATION_UNAVAILABLE
+    assert visitor.errors[0].fault.retry_after
+
+
+def test_host_of_a_connect_is_not_whom_it_is_for() -> None:
+    entry = Entry("app", "other")
+    (session,) = entry.registry.tunnels["app"].sessions.values()
+    entry.hosts.register(session, ["shop.example.org"])
+    visitor = Visitor(b"other")
+    visitor.host = "shop.example.org"
+    head = RequestHead(b"CONNECT", b"http", b"shop.example.org:443", b"shop.example.org:443", [])
+    entry.entry.open_exchange(head, visitor)  # type: ignore[arg-type]
+    assert visitor.code == ErrorCode.NOT_IMPLEMENTED, "the tunnel of the header, which offers none"
 
 
 def test_only_tunnel_is_the_default_where_that_is_allowed() -> None:

@@ -236,13 +236,13 @@ def test_a_host_is_taken_or_refused(value: bytes) -> None:
     [
         ("app.example.com", "app"),
         ("example.com", None),
-        ("a.b.example.com", None),
+        ("a.b.example.com", "a.b"),
         ("app.example.org", None),
         ("appexample.com", None),
         ("[::1]", None),
     ],
 )
-def test_a_tunnel_is_the_first_label_under_the_domain(host: str, name: str | None) -> None:
+def test_a_tunnels_name_is_what_stands_before_the_domain(host: str, name: str | None) -> None:
     assert tunnel_name(host, "example.com") == name
 
 

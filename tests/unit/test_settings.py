@@ -68,7 +68,8 @@ def test_serve_needs_no_flags(home: Path) -> None:
 def test_connect_needs_only_a_backend() -> None:
     settings = load_settings(ConnectSettings, {"backend": "3000"})
     assert settings.backend == "3000"
-    assert (settings.join, settings.server, settings.tunnel, settings.token, settings.ca) == (None,) * 5
+    assert (settings.join, settings.tunnel, settings.token, settings.ca) == (None,) * 4
+    assert settings.server == settings.host == ()
 
 
 @pytest.mark.parametrize("settings", ALL)
@@ -178,6 +179,12 @@ def test_wrong_flags_of_serve(flags: dict[str, Any], said: str) -> None:
         ({}, "BACKEND is missing: 3000, localhost:3000"),
         ({"backend": "ftp://localhost"}, "BACKEND: 'ftp://localhost': "),
         ({"backend": "3000", "tunnel": "-x"}, "--tunnel: '-x': '-x' is not a tunnel name"),
+        ({"backend": "3000", "server": ["a,b:0"]}, "--server: ['a,b:0']: b:0: the port must"),
+        ({"backend": "3000", "server": ["a,b", "A.:4433"]}, "--server: ['a,b', 'A.:4433']: a:4433 stands there twice"),
+        ({"backend": "3000", "server": ","}, "--server: ',': the value is empty"),
+        ({"backend": "3000", "host": ["*.x,1.2.3.4"]}, "--host: ['*.x,1.2.3.4']: '1.2.3.4' is not a host name"),
+        ({"backend": "3000", "weight": "0"}, "--weight: '0': the number must be 1..1000"),
+        ({"backend": "3000", "sticky": "yes"}, "--sticky: 'yes': cookie or ip is needed"),
         (
             {"backend": "3000", "server": "tunnel.example.com:port"},
             "--server: 'tunnel.example.com:port': the port must",
