@@ -31,9 +31,6 @@ PROTOCOL: Final = 1
 _STEP_TIME: Final = 60.0
 "seconds that the successor may take for each step: it starts other processes, and waits for clients"
 
-_REDIAL_AFTER: Final = 0.1
-"seconds after which a client that was still shaking hands here finds the successor"
-
 _SLICE: Final = 500
 "tunnels that are told of between other work"
 
@@ -85,7 +82,7 @@ class Handover:
                 return
             handshakes = server.links.let_go(ours)
             let_go = True
-            server.gate.drain_all(_REDIAL_AFTER)
+            server.gate.drain_all(again=True)
             await self._tell(conversation, handshakes)
             if await _says(conversation, "serving"):
                 let_go = False  # for good
