@@ -220,6 +220,9 @@ class ServeSettings(LogSettings):
     retry: Annotated[Literal["auto", "always", "never"], Word, Option("auto|always|never")] = _default(
         "auto", "when a client's address is validated by Retry; auto: when many handshakes are half open"
     )
+    takeover: Switch = _default(
+        False, "serve in the place of the server that runs with the state directory; nothing is dropped"
+    )
     grace: Duration = _default("30s", "how long requests in flight may take to finish after SIGTERM")
     workers: Annotated[int, BeforeValidator(parse_workers), Option("N|auto")] = _default(
         "1", "server processes that share the ports, each with an equal part of the limits; auto: one on each processor"

@@ -15,12 +15,14 @@ from quictunnel.app.identity import WILDCARDS, Identity, identity_of, outward_ad
 from quictunnel.app.process import calm_collector, choose_engine, raise_file_limit, say, stop_signals
 from quictunnel.app.reload import Reloader, logs_requests, server_config
 from quictunnel.app.supervise import Parent
+from quictunnel.app.takeover import Addresses, Inherited, take_over
 from quictunnel.http.tls import quiet_names
 from quictunnel.log import AccessLog
 from quictunnel.options import CommandError
 from quictunnel.quic.engine import Engine
 from quictunnel.quic.sockets import settle
 from quictunnel.server.admin import Admin
+from quictunnel.server.handover import Handover
 from quictunnel.server.server import Server, Sockets, public_urls
 from quictunnel.server.status import Status
 from quictunnel.settings import ServeSettings
@@ -78,12 +80,21 @@ async def serve(
         settings, again or (lambda: settings), server, tokens, access, identity, tell,
         log_shared=worker is not None, worker=index,
     )  # fmt: skip
+    # Only now: what cannot be is found out before anything of a running server is touched.
+    inherited = _inherit(settings) if settings.takeover and worker is None else None
     with stop_signals(parent) as stopped, _hang_up(reloader.reload), quiet_names():
-        await server.start_links(sockets)
-        if worker is not None and worker.replaces:
-            await _clients_back(server, stopped)
-        await server.start_visitors(sockets)
-        admin = _open_door(settings, engine, server, index)
+        if inherited is not None:
+            try:
+                await inherited.begin(server)
+            except BaseException:
+                server.close()
+                raise
+        else:
+            await server.start_links(sockets)
+            if worker is not None and worker.replaces:
+                await _clients_back(server, stopped)
+            await server.start_visitors(sockets)
+        admin = _open_door(settings, engine, server, index, stopped.set)
         if parent is None:
             tell(settings, identity)
         else:
@@ -177,16 +188,32 @@ def _local_join(directory: Path, tokens: TokenStore, address: str, pin: bytes) -
     return join
 
 
-def _open_door(settings: ServeSettings, engine: Engine, server: Server, worker: int) -> Admin:
-    """The owner's door. A server without one serves all the same."""
+def _inherit(settings: ServeSettings) -> Inherited | None:
+    """What the running server leaves to this one. Raises CommandError."""
+    addresses = Addresses(settings.http, settings.https, settings.quic)
+    found = take_over(settings.state_dir, addresses)
+    if not found:
+        logger.info("= there is no server to take over from in {}: starting anew", settings.state_dir)
+        return None
+    return found[0]
+
+
+def _open_door(settings: ServeSettings, engine: Engine, server: Server, worker: int, end: Callable[[], None]) -> Admin:
+    """The owner's door. A server without one serves all the same. ``end`` is called when another process serves."""
     facts = {
         "worker": worker,
         "workers": settings.workers,
         "version": __version__,
         "engine": engine.name,
         "domain": settings.domain,
+        "listens": {
+            name: None if address is None else _joined(*address)
+            for name, address in (("http", settings.http), ("https", settings.https), ("quic", settings.quic))
+        },
     }
-    admin = Admin(settings.state_dir, {"status": Status(server, facts).answer})
+    status = Status(server, facts)
+    verbs = {"about": status.answer_about, "status": status.answer, "takeover": Handover(server, end).answer}
+    admin = Admin(settings.state_dir, verbs)
     try:
         admin.start()
     except OSError as error:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
-from math import inf
 from typing import Final
 
 from loguru import logger
@@ -550,7 +549,7 @@ class Agent(LinkOwner):
             case Grow():
                 self._grow(keeper.slot.worker, message.links)
             case Drain():
-                self._server_drains(keeper)
+                self._server_drains(keeper, message.again)
             case Drained():
                 keeper.drained = message.streams
 
@@ -597,7 +596,6 @@ class Agent(LinkOwner):
             self._look_at_unwanted()
         if self._unwell is not None:
             keeper.link.send_control(self._unwell)
-        self._part_leaving()
         if not self.serving:
             self._announce_when_whole(welcome)
         for message in self._early.pop(keeper.link, ()):
@@ -627,19 +625,15 @@ class Agent(LinkOwner):
         if self._on_welcome is not None:
             self._on_welcome(welcome)
 
-    def _server_drains(self, keeper: Keeper) -> None:
+    def _server_drains(self, keeper: Keeper, again: bool) -> None:
+        # Its visitors may still ask for something: the link is the server's to close.
         keeper.link.draining = True
         if not keeper.leaving:
             logger.info("= the server at {} drains: dialling anew", keeper.place)
-            self._go_on_from(keeper.place)
+            if not again:
+                self._go_on_from(keeper.place)
             keeper.leaving = True
             keeper.look()
-
-    def _part_leaving(self) -> None:
-        """Now that others take their place: what is under way on links that drain ends, and they with it."""
-        for keeper in list(self._keepers.values()):
-            if keeper.leaving and not keeper.parting and self._group is not None and self._is_served():
-                self._group.create_task(keeper.part(inf))
 
     def _refused(self, link: Link, refuse: Refuse) -> None:
         logger.error("= the server ended the session: {}", _line(refuse.text))

@@ -17,6 +17,7 @@ from quictunnel.quic.first_packets import (
 from quictunnel.quic.link import Link, LinkClosed, LinkOwner
 from quictunnel.quic.sockets import DATAGRAM_SIZE, DatagramSocket, Refusal, enlarge_buffers
 from quictunnel.quic.steering import Steering
+from quictunnel.quic.succession import Predecessor, Successor
 from quictunnel.quic.tickets import Tickets
 from quictunnel.wire.credit import WindowBudget
 from quictunnel.wire.errors import ErrorCode
@@ -78,6 +79,8 @@ class LinkListener:
         self._ids: dict[Link, set[bytes]] = {}
         self._half_open: dict[Link, float] = {}  # since when
         self._sweeper: asyncio.TimerHandle | None = None
+        self.predecessor: Predecessor | None = None  # whose links' datagrams come here
+        self.successor: Successor | None = None
 
     async def start(
         self, host: str, port: int, *, reuse_port: bool = False, sock: socket.socket | None = None
@@ -104,6 +107,28 @@ class LinkListener:
             raise
         return sock
 
+    # Another process takes over the socket
+
+    def let_go(self, sock: socket.socket) -> list[bytes]:
+        """Leave the socket to another process, and go on with the links there are by what that passes on.
+
+        ``sock`` is this end of the channel for that. The connection ids of handshakes that are under way.
+        """
+        assert self._socket is not None
+        self._socket.pause()
+        self.successor = Successor(sock, self.datagram_received)
+        return [cid for link in self._half_open for cid in self._ids.get(link, ())]
+
+    def take_back(self) -> None:
+        """The other process is not going to: read the socket again."""
+        if self.successor is not None:
+            self.successor.close()
+            self.successor = None
+        if self._socket is not None:
+            self._socket.resume()
+
+    # What others ask
+
     @property
     def socket(self) -> DatagramSocket | None:
         """Where datagrams come and go; None before the start."""
@@ -128,6 +153,10 @@ class LinkListener:
             self._sweeper = None
         if self._socket is not None:
             self._socket.close()
+        if self.successor is not None:
+            self.successor.close()
+        if self.predecessor is not None:
+            self.predecessor.close()
         for link in self.links:
             link.abandon(link.closed)  # type: ignore[arg-type]
 
@@ -157,6 +186,8 @@ class LinkListener:
         link = self._links.get(data[1 : 1 + CONNECTION_ID_LENGTH])
         if link is not None:
             link.datagram_received(data, address)
+        elif self.predecessor is not None:
+            self.predecessor.pass_on(data, address)
 
     # A client's first packets
 
@@ -174,6 +205,10 @@ class LinkListener:
             if not header.is_version_negotiation and len(data) >= _SMALLEST_INITIAL:
                 self._send(version_negotiation_packet(header), address)
             return
+        before = self.predecessor
+        if before is not None and (not header.is_initial or header.destination_cid in before.handshakes):
+            before.pass_on(data, address)
+            return
         if header.is_initial and len(data) >= _SMALLEST_INITIAL and len(header.destination_cid) >= 8:
             self._first_initial(data, header, address)
 
@@ -190,6 +225,9 @@ class LinkListener:
             try:
                 original_cid = self._tokens.original_cid(address, header, now)
             except ValueError:
+                # The process before this one may have asked for it. It will send the client here, at the hello.
+                if self.predecessor is not None:
+                    self.predecessor.pass_on(data, address)
                 return
             retry_cid = header.destination_cid
         if len(self._half_open) >= _HALF_OPEN_LIMIT:

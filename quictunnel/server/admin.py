@@ -45,15 +45,17 @@ Verb: TypeAlias = Callable[["Conversation", Line], Awaitable[None]]
 class Conversation:
     """What passes between a server and one who asks; the asynchronous end of it."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, limit: int = _LINE_LIMIT) -> None:
+        """``limit`` is that of a line of the peer's, in bytes."""
         self._sock = sock
+        self._limit = limit
         self._loop = asyncio.get_running_loop()
         self._kept = b""
 
     async def receive(self) -> Line | None:
         """The next line; None at the end. Raises OSError, and ValueError for what is no JSON object."""
         while b"\n" not in self._kept:
-            if len(self._kept) > _LINE_LIMIT:
+            if len(self._kept) > self._limit:
                 raise ValueError("the line is too long")
             data = await self._loop.sock_recv(self._sock, _LINE_LIMIT)
             if not data:

@@ -42,6 +42,10 @@ __all__ = ["Gate"]
 _REFUSAL_TIME: Final = 1.0
 _SESSION_ID_LIMIT: Final = 128
 
+# Seconds after which a client that comes while the server drains may try again; another process may serve already.
+_RETRY_AFTER: Final = 1.0
+_AGAIN_AFTER: Final = 0.1
+
 # Of what a client calls itself, and asks for, so many characters go into logs.
 _SHOWN: Final = 80
 
@@ -81,6 +85,7 @@ class Gate(LinkOwner):
         self._refused: dict[Link, asyncio.TimerHandle] = {}  # until when they may read why
         self._asked: set[Link] = set()  # have had the authority's certificate
         self.draining = False
+        self._retry_after = _RETRY_AFTER
         self.on_accepted: Callable[[Link], None] = lambda link: None
 
     # What links tell
@@ -184,7 +189,7 @@ class Gate(LinkOwner):
     def _admit(self, hello: Hello) -> tuple[Grant, tuple[str, ...]]:
         """What the client may serve, custom hosts apart, and now has. Raises _Refused."""
         if self.draining:
-            raise _Refused("draining", "the server is stopping", retry_after=1.0)
+            raise _Refused("draining", "the server is stopping", retry_after=self._retry_after)
         if hello.version != VERSION:
             raise _Refused(
                 "version", f"the server speaks version {VERSION} of the protocol, the client {hello.version}"
@@ -339,12 +344,19 @@ class Gate(LinkOwner):
             link.draining = True
             self._refuse(link, message)
 
-    def drain_all(self) -> None:
-        """Tell every client that nothing new comes."""
+    def drain_all(self, *, again: bool = False) -> None:
+        """Tell every client to dial anew, or ``again`` the same address. The links there are go on being used."""
+        if self.draining:
+            return
         self.draining = True
+        self._retry_after = _AGAIN_AFTER if again else _RETRY_AFTER
         for session in self._registry.sessions():
             for link in session.links.values():
-                link.send_control(Drain())
+                link.send_control(Drain(again))
+
+    def go_on(self) -> None:
+        """Take clients in as before."""
+        self.draining = False
 
     def _refuse(self, link: Link, message: Refuse) -> None:
         if link.closed is None and link not in self._refused:

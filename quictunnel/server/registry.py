@@ -371,6 +371,11 @@ class Registry:
             return self.tunnel(name)
         return candidates[0] if len(candidates) == 1 else None
 
+    def remember(self, name: str, lost_at: float) -> None:
+        """A tunnel of that name was registered at another process, and had a client there until then."""
+        if name not in self.tunnels and len(self.tunnels) < self.limits.tunnels:
+            self.tunnels[name] = Tunnel(name, lost_at)
+
     def sessions(self) -> list[Session]:
         """Every session."""
         return [session for tunnel in self.tunnels.values() for session in tunnel.sessions.values()]

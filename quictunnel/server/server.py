@@ -2,13 +2,13 @@
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from loguru import logger
 
@@ -18,6 +18,7 @@ from quictunnel.log import AccessLog
 from quictunnel.quic.engine import Engine, ServerIdentity
 from quictunnel.quic.listen import LinkListener
 from quictunnel.quic.steering import Steering
+from quictunnel.quic.succession import Predecessor
 from quictunnel.server.book import Book
 from quictunnel.server.entry import ProxyEntry
 from quictunnel.server.gate import Gate
@@ -32,7 +33,10 @@ from quictunnel.wire.credit import WindowBudget
 from quictunnel.wire.errors import TunnelError
 from quictunnel.wire.fields import tunnel_name
 
-__all__ = ["Server", "ServerConfig", "Sockets", "public_urls"]
+__all__ = ["Known", "Server", "ServerConfig", "Sockets", "public_urls"]
+
+_LOOK_EVERY: Final = 0.02
+"seconds"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,17 @@ class Sockets(NamedTuple):
     http: list[socket.socket]
     https: list[socket.socket]
     quic: socket.socket
+
+
+class Known(NamedTuple):
+    """A tunnel that a server knows, as its successor hears of it."""
+
+    name: str
+    lost: float | None
+    "for how many seconds it has had no client"
+
+    sessions: list[str]
+    "the keys of its sessions that were heard lately"
 
 
 class Server:
@@ -142,9 +157,15 @@ class Server:
         await self.start_links()
         await self.start_visitors()
 
-    async def start_links(self, sockets: Sockets | None = None) -> None:
-        """Take clients in. Raises OSError as ``start``."""
+    async def start_links(self, sockets: Sockets | None = None, before: Predecessor | None = None) -> None:
+        """Take clients in; what comes for links of ``before`` is passed on to it. Raises OSError as ``start``."""
         quic = self._config.quic
+        self.links.predecessor = before
+        if sockets is not None:
+            # Clients are told of these before visitors are let in.
+            self.http_address = sockets.http[0].getsockname()[:2]
+            if sockets.https:
+                self.https_address = sockets.https[0].getsockname()[:2]
         starting = self.links.start(*quic, sock=None if sockets is None else sockets.quic)
         self.quic_address = await _bound(starting, "--quic", quic)
         self._tick()
@@ -178,13 +199,22 @@ class Server:
     def _urls(self, host: str) -> list[str]:
         return public_urls(host, self.http_address, self.https_address)
 
+    # The end
+
     async def stop(self, grace: float) -> None:
         """Stop unnoticed: no new work, then what is under way ends within ``grace`` seconds, then the links."""
         logger.info("= stopping: {} requests in flight get up to {:g} s", self.visitors.in_flight, grace)
+        deadline = self._loop.time() + grace
         self.draining = True
         self.visitors.drain()
         self.gate.drain_all()
         await self.visitors.wait_idle(grace)
+        before = self.links.predecessor
+        if before is not None:
+            # What is sent to that one comes by way of us.
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(deadline):
+                    await before.gone.wait()
         self.close()
 
     def close(self) -> None:
@@ -197,6 +227,41 @@ class Server:
         self.links.close()
         self._book.close()
         self._access.close()
+
+    # One server takes over from another
+
+    def known(self) -> list[Known]:
+        """What a successor has to know before visitors come to it."""
+        now = self._loop.time()
+        return [
+            Known(
+                tunnel.name,
+                None if tunnel.lost_at is None or tunnel.sessions else now - tunnel.lost_at,
+                [each.key for each in tunnel.sessions.values() if not each.is_suspect() and not each.is_leaving()],
+            )
+            for tunnel in self.registry.tunnels.values()
+        ]
+
+    async def succeed(self, known: Collection[Known], limit: float) -> int:
+        """Wait until the sessions of the server before this one have come here, for up to ``limit`` seconds.
+
+        Its tunnels are known here from now on. How many sessions have not come.
+        """
+        now = self._loop.time()
+        for tunnel in known:
+            self.registry.remember(tunnel.name, now - (tunnel.lost or 0.0))
+        missing = [(tunnel.name, key) for tunnel in known for key in tunnel.sessions]
+        deadline = now + limit
+        while missing and self._loop.time() < deadline:
+            await asyncio.sleep(_LOOK_EVERY)
+            missing = self._not_here(missing)
+        return len(missing)
+
+    def _not_here(self, sessions: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        tunnels = self.registry.tunnels
+        return [
+            (name, key) for name, key in sessions if name not in tunnels or tunnels[name].session_of_key(key) is None
+        ]
 
     def _tick(self) -> None:
         """The server's only clock: each part looks at what has become late."""

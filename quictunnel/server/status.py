@@ -32,7 +32,7 @@ class Status:
     """Answers the question ``status``."""
 
     def __init__(self, server: Server, facts: Mapping[str, Any]) -> None:
-        """``facts`` are said as they are: worker, workers, version, engine, domain."""
+        """``facts`` are said as they are: worker, workers, version, engine, domain, listens."""
         self._server = server
         self._facts = dict(facts)
         self._loop = asyncio.get_running_loop()
@@ -52,6 +52,10 @@ class Status:
                     await asyncio.sleep(0)
                     pieces, size, began = [], 0, self._loop.time()
             await conversation.send_bytes(b"".join(pieces) + b"\n")
+
+    async def answer_about(self, conversation: Conversation, question: Line) -> None:
+        """Answer ``about``: the process alone. Raises OSError."""
+        await conversation.send(self.about())
 
     def about(self) -> Line:
         """What it says of the process itself."""

@@ -136,9 +136,14 @@ class Grow:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """The sender of this starts or takes nothing new; what is under way goes on."""
+    """From a client: take this link for nothing new; what is under way goes on. From a server: dial anew.
+
+    A server goes on using the link for what visitors still ask it, and closes it when it is done.
+    """
 
     type: ClassVar[str] = "drain"
+    again: bool = False
+    "from a server: the same address is to be dialled, for another process answers there now"
 
 
 @dataclass(frozen=True, slots=True)

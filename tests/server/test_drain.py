@@ -34,7 +34,7 @@ async def test_a_kept_connection_gets_one_more_answer_through_the_tunnel(
         with pytest.raises(OSError):
             await fetch(address, "/late")
         # Its client has been told, and takes what comes on the old link all the same.
-        await until(lambda: any(link.draining for link in ends.agent._closed))
+        await until(lambda: any(link.draining for link in ends.agent.links))
         writer.write(b"GET /second HTTP/1.1\r\nHost: app.localhost\r\n\r\n")
         head, body = await answered(reader)
         assert (head[:13], b"connection: close" in head, body) == (b"http/1.1 200 ", True, b"/second")

@@ -3,7 +3,7 @@
 import asyncio
 import gc
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -55,10 +55,12 @@ def objects_of_exchanges() -> Counter[str]:
 class BothEnds:
     """A server, a client and whatever the client forwards to."""
 
-    def __init__(self, server: Server, agent: Agent, backend: Any) -> None:
+    def __init__(self, server: Server, agent: Agent, backend: Any, make_server: Callable[[], Server]) -> None:
+        """``make_server`` makes another server of the same state directory."""
         self.server = server
         self.agent = agent
         self.backend = backend
+        self.make_server = make_server
 
     @property
     def counts(self) -> dict[str, int]:
@@ -136,7 +138,12 @@ async def both_ends(
         authority.decode(),
         registry=registry or RegistryLimits(),
     )
-    server = Server(config, select_engine(engines[0]), tokens, Owners(directory), AccessLog("text", enabled=False))
+
+    def make_server() -> Server:
+        access = AccessLog("text", enabled=False)
+        return Server(config, select_engine(engines[0]), tokens, Owners(directory), access)
+
+    server = make_server()
     await server.start()
     if isinstance(backend, int):
         backend = Origin("127.0.0.1", backend)
@@ -147,7 +154,7 @@ async def both_ends(
     running = asyncio.get_running_loop().create_task(agent.run())
     try:
         await until(lambda: agent.serving)
-        yield BothEnds(server, agent, backend)
+        yield BothEnds(server, agent, backend, make_server)
     finally:
         await agent.stop(0.0)
         await running

@@ -1,0 +1,100 @@
+"""A server that takes over from the one that runs: its visitors and clients notice nothing."""
+
+import asyncio
+import json
+import re
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.backends import Connection, RawBackend
+from tests.support.nonces import Ledger, Load, figures, nonce_backend
+from tests.support.processes import Process, Processes, Tunnel
+from tests.support.visits import Answer, visit
+
+pytestmark = pytest.mark.either
+
+
+@pytest.fixture
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    with Processes(tmp_path_factory.mktemp("processes")) as processes:
+        yield processes
+
+
+def successor(processes: Processes, tunnel: Tunnel, *args: str, engine: str = "auto") -> Process:
+    """A server that takes over from that of ``tunnel``, on whatever ports that has."""
+    places = ("--http", "127.0.0.1:0", "--quic", "127.0.0.1:0", "--state-dir", str(tunnel.server.state))
+    return processes.start("serve", "--takeover", *places, "--engine", engine, *args)
+
+
+def test_a_request_under_way_ends_at_the_old_server_and_the_next_is_the_new_ones(
+    engines: tuple[str, str], processes: Processes
+) -> None:
+    come, go = threading.Event(), threading.Event()
+
+    def slow(connection: Connection) -> None:
+        while head := connection.head():
+            if b" /slow " in head.split(b"\r\n")[0]:
+                come.set()
+                assert go.wait(20)
+            connection.answer(200, b"whole")
+
+    with RawBackend(slow) as backend:
+        tunnel = processes.tunnel(backend.target, engines)
+        answers: list[Answer] = []
+        visitor = threading.Thread(target=lambda: answers.append(visit(tunnel.address, "/slow")))
+        visitor.start()
+        assert come.wait(10)
+        old = tunnel.server.process
+        new = successor(processes, tunnel, engine=engines[0])
+        facts = new.ready()
+        assert facts["http"] == tunnel.server.facts["http"]
+        assert facts["quic"] == tunnel.server.facts["quic"]
+        assert visit(tunnel.address).body == b"whole"
+        shown = json.loads(processes.run("status", "--json", "--state-dir", str(tunnel.server.state)).stdout)
+        assert [(each["pid"], each["draining"]) for each in shown["processes"]] == [(new.pid, False), (old.pid, True)]
+        assert [session["health"] for session in shown["tunnels"][0]["sessions"]] == ["healthy"]
+        assert old.running
+        go.set()
+        visitor.join(20)
+        assert (answers[0].status, answers[0].body) == (200, b"whole")
+        assert old.exited() == 0
+        assert visit(tunnel.address).status == 200
+        assert tunnel.client.log.count("serving tunnel") == 1, "its session never ended"
+        assert "ERROR" not in new.log + old.log
+        assert new.stop() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("post", [0.0, 0.5], ids=["GET", "GET and POST"])
+async def test_ten_takeovers_under_300_requests_a_second_lose_none(
+    engines: tuple[str, str], processes: Processes, post: float
+) -> None:
+    """On connections that are kept, so that the end of each server meets requests on their way."""
+    ledger = Ledger()
+    async with nonce_backend(ledger) as backend:
+        tunnel = await asyncio.to_thread(processes.tunnel, backend.target, engines)
+        load = Load(tunnel.address, post=post)
+        servers = [tunnel.server.process]
+        running = asyncio.get_running_loop().create_task(load.at_rate(300))
+        try:
+            await asyncio.sleep(1)
+            for _ in range(10):
+                new = successor(processes, tunnel, engine=engines[0])
+                await asyncio.to_thread(new.ready, 1, 20.0)
+                servers.append(new)
+                await asyncio.sleep(0.5)
+        finally:
+            load.stop()
+            records = await running
+        for old in servers[:-1]:
+            assert await asyncio.to_thread(old.exited, 40.0) == 0
+    found = figures(records, ledger)
+    print(found)
+    assert found.sent > 2000
+    assert (found.failed, found.kinds) == (0, {})
+    assert (found.wrong, found.post_twice, found.get_twice, found.damaged) == (0, 0, 0, 0)
+    passed = [re.search(r"(\d+) datagrams were passed on", server.log) for server in servers[1:]]
+    assert all(passed), "each of them had a predecessor, which has gone"
