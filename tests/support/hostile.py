@@ -175,7 +175,7 @@ class HostileServer(LinkOwner):
         link.schedule()
 
 
-class Workers(asyncio.DatagramProtocol):
+class Workers:
     """Processes of one server on one port, each a HostileServer that welcomes and says which one it is.
 
     A packet of no known connection goes to the process that the first byte of its destination says, or, if the server
@@ -199,12 +199,14 @@ class Workers(asyncio.DatagramProtocol):
         sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         sock.bind(("127.0.0.1", self._ends._port))
         self._ends._port = sock.getsockname()[1]
-        self.transport, _ = await self._ends.loop.create_datagram_endpoint(lambda: self, sock=sock)
+        self._socket = DatagramSocket(sock, self._received)
+        for number, server in enumerate(self.servers):
+            server.listener._socket = _OfWorker(self, self._socket, number)  # type: ignore[assignment]
         return self
 
     def stop(self) -> None:
         """It is gone and has told nobody."""
-        self.transport.close()
+        self._socket.close()
 
     @property
     def numbers(self) -> list[list[int]]:
@@ -214,11 +216,7 @@ class Workers(asyncio.DatagramProtocol):
             for each in self.servers
         ]
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        for number, server in enumerate(self.servers):
-            server.listener.connection_made(_OfWorker(self, transport, number))  # type: ignore[arg-type]
-
-    def datagram_received(self, data: bytes, addr: Any) -> None:
+    def _received(self, data: bytes, addr: Any) -> None:
         cid = data[6 : 6 + data[5]] if data[0] & 0x80 else data[1:9]
         known = [number for number, each in enumerate(self.servers) if cid in each.listener._links]
         by_chance = cid[0] if self._steers else addr[1]
@@ -235,18 +233,18 @@ class Workers(asyncio.DatagramProtocol):
 class _OfWorker:
     """A process's share of the socket."""
 
-    def __init__(self, workers: Workers, transport: Any, number: int) -> None:
+    def __init__(self, workers: Workers, sock: DatagramSocket, number: int) -> None:
         self._workers = workers
-        self._transport = transport
+        self._socket = sock
         self._number = number
 
-    def sendto(self, data: bytes, addr: Any) -> None:
+    def send(self, data: bytes, address: Any) -> None:
         self._workers.sent(data, self._number)
         if self._number not in self._workers.lost:
-            self._transport.sendto(data, addr)
+            self._socket.send(data, address)
 
-    def is_closing(self) -> bool:
-        return bool(self._transport.is_closing())
+    def close(self) -> None:
+        pass
 
 
 def control(payload: bytes) -> bytes:
