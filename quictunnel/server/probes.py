@@ -80,4 +80,5 @@ class Prober:
         join(_Probe(), leg)
         leg.receive(PROBE)
         leg.receive(End())
+        link.ping()  # in the same packet, for the round trip that status shows
         self._asked[link] = (now, leg)
