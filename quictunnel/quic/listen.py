@@ -43,6 +43,9 @@ HANDSHAKE_TIME: Final = 10.0
 "seconds that a handshake and the hello after it may take"
 
 
+_QUIET_TIME: Final = 2.5
+"seconds of silence after which a link is asked for a sign of life: a client's pings come more often"
+
 _REFUSED_TIME: Final = 1.0
 "seconds for which a client's port is said to be closed before its link is given up"
 
@@ -288,6 +291,8 @@ class LinkListener:
             link.end_stalled()
             if link.refused:
                 self._end_refused(link)
+            elif link.silent_for() > _QUIET_TIME:
+                link.ping()  # a client that was killed is found out by what is sent to it
         late = self._loop.time() - HANDSHAKE_TIME
         for link, since in list(self._half_open.items()):
             if since > late:

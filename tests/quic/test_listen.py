@@ -297,18 +297,38 @@ def test_only_the_last_datagrams_can_be_refused(engine: str) -> None:
 
 
 def test_client_whose_port_stays_closed_is_given_up(engine: str) -> None:
+    """Also where the server has nothing to say to it."""
+
     async def work(door: Door) -> None:
         _, server = await door.joined()
+        door.listener.accepted(server)
+        await asyncio.sleep(2)
         since = door.loop.time()
         door.lose = lambda data, to_server: True  # it is gone, and its host says so of each datagram
         server._send = lambda data, address: door.loop.call_later(
             0.01, door.listener._refused, [Refusal(data[:QUOTED], address)]
         )
-        server.ping()
+        await door.until(lambda: server.refused)
+        assert door.loop.time() - since <= 4
+        refused = door.loop.time()
         await door.until(lambda: server.closed is not None)
         assert str(server.closed) == "nobody listens at the client's port any more"
-        assert 1 <= door.loop.time() - since <= 3.5
+        assert 1 <= door.loop.time() - refused <= 3
         assert door.tables == (0, 0, 0)
+
+    at_door(work, engine)
+
+
+def test_silent_client_is_asked_and_still_given_up_in_time(engine: str) -> None:
+    async def work(door: Door) -> None:
+        _, server = await door.joined()
+        door.listener.accepted(server)
+        door.lose = lambda data, to_server: True
+        since = server.heard_at
+        asked = server.sent
+        await door.until(lambda: server.closed is not None)
+        assert server.sent - asked >= 20
+        assert 29 <= door.loop.time() - since <= 35, "asking in vain must not keep it alive"
 
     at_door(work, engine)
 
