@@ -25,6 +25,7 @@ from quictunnel.values import (
     parse_processes,
     parse_size,
     parse_switch,
+    parse_target,
     parse_text,
     parse_whole,
     parse_word,
@@ -171,6 +172,7 @@ Secret = Annotated[SecretStr | None, Option("STRING")]
 
 LIMITS = Option(group="limits")
 LOG = Option(group="log")
+HEALTH = Option(group="health of the backend")
 
 
 Level = Annotated[
@@ -341,6 +343,17 @@ class ConnectSettings(LogSettings):
     )
     backend_keep_alive: Annotated[Duration, Option(group="backend")] = _default(
         "30s", "idle backend connections are kept this long"
+    )
+    health_path: Annotated[str | None, _optional(parse_target), HEALTH, Option("PATH")] = _default(
+        None, "ask the backend for this path, such as /healthz: 2xx and 3xx are well (default: it is not asked)"
+    )
+    health_interval: Annotated[Duration, HEALTH] = _default("5s", "how often")
+    health_timeout: Annotated[Duration, HEALTH] = _default("2s", "for the answer")
+    health_fall: Annotated[int, _whole(1, 100), HEALTH, Option("N")] = _default(
+        3, "failures in a row after which the server is told to choose another client"
+    )
+    health_rise: Annotated[int, _whole(1, 100), HEALTH, Option("N")] = _default(
+        2, "good answers in a row after which it is told that all is well"
     )
     max_links: Annotated[int, _whole(1, 1024), LIMITS, Option("N")] = _default(
         16, "QUIC connections, each of about 100 streams"

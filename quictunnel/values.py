@@ -29,6 +29,7 @@ __all__ = [
     "parse_processes",
     "parse_size",
     "parse_switch",
+    "parse_target",
     "parse_text",
     "parse_whole",
     "parse_word",
@@ -53,6 +54,8 @@ _SIZES: Final = {"": 1, "b": 1} | {
     for suffix, base in (("", 1024), ("ib", 1024), ("b", 1000))
 }
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.ASCII)
+
+_TARGET: Final = re.compile(r"[!\"$-~]{1,2048}", re.ASCII)
 
 _HOST_HEADER: Final = re.compile(r"[A-Za-z0-9._-]+(?::\d{1,5})?|\[[0-9A-Fa-f:.]+\](?::\d{1,5})?", re.ASCII)
 
@@ -257,6 +260,16 @@ def parse_host_header(value: object) -> str:
     text = parse_text(value)
     if not _HOST_HEADER.fullmatch(text):
         raise ValueError("preserve, backend, or a host such as app.example.com is needed")
+    return text
+
+
+def parse_target(value: object) -> str:
+    """A path and query to ask an HTTP server for."""
+    text = parse_text(value)
+    if not text.startswith("/"):
+        raise ValueError("a path begins with /, as in /healthz")
+    if not _TARGET.fullmatch(text):
+        raise ValueError("a path has no white space, no # and nothing outside ASCII: write such characters as %20")
     return text
 
 

@@ -14,6 +14,7 @@ from quictunnel.app.supervise import Parent
 from quictunnel.client.agent import Agent, AgentConfig, FinalRefusal
 from quictunnel.client.choose import open_backend
 from quictunnel.client.fan_out import Backend, FanOut, host_rule
+from quictunnel.client.health import HealthCheck, HealthRules
 from quictunnel.client.reach import Place
 from quictunnel.options import CommandError
 from quictunnel.settings import ConnectSettings
@@ -24,7 +25,7 @@ from quictunnel.values import Address
 from quictunnel.wire.control import CONNECT_CAPABILITY, Welcome
 from quictunnel.wire.credit import WindowBudget
 
-__all__ = ["agent_config", "connect", "named_backend", "serve_session"]
+__all__ = ["agent_config", "connect", "health_check", "named_backend", "serve_session"]
 
 
 async def connect(settings: ConnectSettings, parent: Parent | None = None) -> int:
@@ -42,7 +43,8 @@ async def connect(settings: ConnectSettings, parent: Parent | None = None) -> in
         raise CommandError(str(error)) from None
     fan_out = FanOut(backend, host_rule(settings.host_header, backend.authority), allow_connect=settings.allow_connect)
     announce = _announce if parent is None else partial(_report, parent)
-    agent = Agent(config, engine, fan_out, budget=budget, on_welcome=announce)
+    health = health_check(settings, backend)
+    agent = Agent(config, engine, fan_out, budget=budget, health=health, on_welcome=announce)
     gauge = nullcontext() if parent is None else Gauge(parent, lambda: fan_out.count)
     try:
         with stop_signals(parent) as stopped, gauge:
@@ -68,6 +70,20 @@ async def named_backend(settings: ConnectSettings, budget: WindowBudget) -> Back
         keep_alive=settings.backend_keep_alive,
         budget=budget,
     )
+
+
+def health_check(settings: ConnectSettings, backend: Backend) -> HealthCheck | None:
+    """What watches over the backend, if anything is to."""
+    if settings.health_path is None:
+        return None
+    rules = HealthRules(
+        settings.health_path,
+        interval=settings.health_interval,
+        timeout=settings.health_timeout,
+        fall=settings.health_fall,
+        rise=settings.health_rise,
+    )
+    return HealthCheck(backend, rules, host_rule(settings.host_header, backend.authority))
 
 
 async def serve_session(agent: Agent, stopped: asyncio.Event, grace: float) -> None:

@@ -8,7 +8,7 @@ import httpx
 from loguru import logger
 from pydantic import SecretStr, ValidationError
 
-from quictunnel.app.connect import agent_config, named_backend, serve_session
+from quictunnel.app.connect import agent_config, health_check, named_backend, serve_session
 from quictunnel.app.process import choose_engine, stop_signals
 from quictunnel.backends.asgi import AsgiBackend
 from quictunnel.backends.transport import TransportBackend
@@ -123,7 +123,8 @@ class Tunnel:
         fan_out = FanOut(
             backend, host_rule(settings.host_header, backend.authority), allow_connect=settings.allow_connect
         )
-        self._agent = Agent(config, engine, fan_out, budget=budget, on_welcome=self._welcomed)
+        health = health_check(settings, backend)
+        self._agent = Agent(config, engine, fan_out, budget=budget, health=health, on_welcome=self._welcomed)
         return self._agent
 
     async def _open_backend(self, budget: WindowBudget) -> Backend:

@@ -19,6 +19,7 @@ from loguru import logger
 
 from quictunnel import __version__
 from quictunnel.client.fan_out import FanOut
+from quictunnel.client.health import HealthCheck
 from quictunnel.client.keeper import FAST_PING_EVERY, Keeper, Slot
 from quictunnel.client.reach import LONGEST_RETRY, QUICK_FOR, QUICK_RETRY, Backoff, Place, Race
 from quictunnel.log import escape
@@ -27,6 +28,7 @@ from quictunnel.quic.engine import ClientTrust, Engine
 from quictunnel.quic.link import Link, LinkClosed, LinkOwner
 from quictunnel.quic.sockets import settle
 from quictunnel.quic.stream import StreamLeg
+from quictunnel.quic.tickets import Tickets
 from quictunnel.trust.certificates import diagnose, pinned_authority
 from quictunnel.trust.files import TrustError
 from quictunnel.wire.control import (
@@ -63,6 +65,9 @@ EARLY_LIMIT: Final = 16
 
 WORKERS: Final = 256
 "processes of one server, at most: their number is told by one byte"
+
+TICKETS: Final = 512
+"for each address of a server and each of its processes one"
 
 STRAYS_PER_WORKER: Final = 4
 "links that come to another process than the one that was meant, before the next one waits"
@@ -143,9 +148,10 @@ class Agent(LinkOwner):
         fan_out: FanOut,
         *,
         budget: WindowBudget | None = None,
+        health: HealthCheck | None = None,
         on_welcome: Callable[[Welcome], None] | None = None,
     ) -> None:
-        """``budget`` is what receive windows grow out of.
+        """``budget`` is what receive windows grow out of; ``health`` is run as long as the agent is.
 
         ``on_welcome`` is called each time the session comes to be served, with what the server said.
         """
@@ -153,6 +159,9 @@ class Agent(LinkOwner):
         self._engine = engine
         self._fan_out = fan_out
         self._on_welcome = on_welcome
+        self._health = health
+        self._checking: asyncio.Task[None] | None = None
+        self._unwell: Health | None = None  # what the servers were told of the backend, if it is not well
         self._budget = budget or WindowBudget(DEFAULT_BUDGET)
         # Who knows this id is this session: it replaces its own ghost by it, so it is as good as a secret.
         self._session = secrets.token_urlsafe(24)
@@ -165,6 +174,7 @@ class Agent(LinkOwner):
         self._workers = 1  # processes of the server, as far as is known
         self._early: dict[Link, list[ControlMessage]] = {}  # said before the answer was looked at
         self._wanted: dict[int, int] = {}  # how many links each of them wants, if it has said
+        self._tickets = Tickets(TICKETS)
         self._at = 0  # which of the servers this session is with
         self._untrusted: set[Place] = set()
         self._alone = asyncio.Lock()
@@ -189,6 +199,7 @@ class Agent(LinkOwner):
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
+                self._check_health(self._health)
                 self._fill_slots()
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
@@ -204,8 +215,25 @@ class Agent(LinkOwner):
         self._stopping = True
         for watcher in list(self._watchers.values()):
             watcher.cancel()
+        self._check_health(None)
         deadline = asyncio.get_running_loop().time() + grace
         await asyncio.gather(*(keeper.part(deadline) for keeper in list(self._keepers.values())))
+
+    # The backend's health
+
+    def _check_health(self, health: HealthCheck | None) -> None:
+        if self._checking is not None:
+            self._checking.cancel()
+            self._checking = None
+        if health is not None and self._group is not None:
+            self._checking = self._group.create_task(health.run(self._say_health), name="health check")
+
+    def _say_health(self, well: bool, why: str) -> None:
+        message = Health(well, why[:_SHOWN])
+        before, self._unwell = self._unwell, None if well else message
+        if not well or before is not None:  # who has said nothing counts as well
+            for link in self.links:
+                link.send_control(message)
 
     # One watcher for each slot
 
@@ -386,7 +414,15 @@ class Agent(LinkOwner):
                 break
             try:
                 way = await dial(
-                    self._engine, endpoint, trust, self, self._budget, timeout=left, worker=worker, on_way=on_way
+                    self._engine,
+                    endpoint,
+                    trust,
+                    self,
+                    self._budget,
+                    timeout=left,
+                    worker=worker,
+                    tickets=self._tickets,
+                    on_way=on_way,
                 )
             except DialError as error:
                 failure = error
@@ -558,6 +594,8 @@ class Agent(LinkOwner):
             self._workers = welcome.workers
             self._fill_slots()
             self._look_at_unwanted()
+        if self._unwell is not None:
+            keeper.link.send_control(self._unwell)
         if not self.serving:
             self._announce_when_whole(welcome)
         for message in self._early.pop(keeper.link, ()):

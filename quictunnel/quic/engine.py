@@ -16,6 +16,8 @@ from typing import Any, Final, Protocol
 
 import certifi
 
+from quictunnel.quic.tickets import Tickets
+
 __all__ = [
     "ALPN",
     "ENGINES",
@@ -121,31 +123,45 @@ class Engine:
             raise ValueError(f"there is no certificate in {identity.certificate}") from None  # qh3's way to say so
         return configuration
 
-    def accept(self, configuration: Any, original_cid: bytes, retry_cid: bytes | None) -> Connection:
-        """The server side of a new connection."""
+    def accept(
+        self, configuration: Any, original_cid: bytes, retry_cid: bytes | None, tickets: Tickets | None = None
+    ) -> Connection:
+        """The server side of a new connection, which may resume what one of ``tickets`` stands for."""
         return self.connection(
             configuration=configuration,
             original_destination_connection_id=original_cid,
             retry_source_connection_id=retry_cid,
+            session_ticket_fetcher=None if tickets is None else tickets.find,
+            session_ticket_handler=None if tickets is None else tickets.issued,
         )
 
-    def dial(self, trust: ClientTrust, datagram_size: int, worker: tuple[int, int] | None = None) -> Connection:
+    def dial(
+        self,
+        trust: ClientTrust,
+        datagram_size: int,
+        worker: tuple[int, int] | None = None,
+        *,
+        ticket: Any = None,
+        on_ticket: Callable[[Any], None] | None = None,
+    ) -> Connection:
         """The client side of a new connection, not yet connected.
 
         With ``worker`` its first packet is for that one of so many processes of the server, which share a port and
         have it steered by the remainder of the first byte that it is addressed to.
+        ``ticket`` is one of an earlier connection to resume, ``on_ticket`` takes those that the server gives.
         """
         configuration = self._configuration(
             is_client=True,
             max_datagram_size=datagram_size,
             server_name=trust.server_name,
             verify_mode=ssl.CERT_REQUIRED if trust.verify else ssl.CERT_NONE,
+            session_ticket=ticket,
         )
         if trust.authority is not None:
             configuration.load_verify_locations(cadata=trust.authority)
         else:
             configuration.load_verify_locations(cafile=ssl.get_default_verify_paths().cafile or certifi.where())
-        connection = self.connection(configuration=configuration)
+        connection = self.connection(configuration=configuration, session_ticket_handler=on_ticket)
         if worker is not None:
             number, workers = worker
             # The id is the library's to choose, and cheap: 4 us with qh3, 80 with aioquic, where a handshake takes
@@ -153,7 +169,7 @@ class Engine:
             for _ in range(_TRIES_PER_WORKER * workers):
                 if connection.original_destination_connection_id[0] % workers == number:
                     break
-                connection = self.connection(configuration=configuration)
+                connection = self.connection(configuration=configuration, session_ticket_handler=on_ticket)
         return connection
 
     def streams_allowed(self, connection: Connection) -> int:

@@ -151,6 +151,7 @@ class Link:
         self.active = 0  # slots of ours in use
         self.answered_at = self._loop.time()  # when the way of requests was last seen to be open
         self.ready = False
+        self.resumed = False  # the handshake was that of an earlier link, by a ticket
         self.draining = False  # no new exchange may start on it
         self.closed: LinkClosed | None = None
         self.terminated = False  # the library has nothing more to send either
@@ -486,6 +487,7 @@ class Link:
                 self._stream_cut(event.stream_id, event.error_code, False)
             elif kind is events.HandshakeCompleted:
                 self.ready = True
+                self.resumed = event.session_resumed
                 self.owner.link_ready(self)
             elif kind is events.ConnectionIdIssued:
                 self.on_connection_id(self, event.connection_id, True)

@@ -18,6 +18,7 @@ from quictunnel.quic.link import Link, LinkClosed, LinkOwner
 from quictunnel.quic.sockets import DATAGRAM_SIZE, DatagramSocket, Refusal, enlarge_buffers
 from quictunnel.quic.steering import Steering
 from quictunnel.quic.succession import Predecessor, Successor
+from quictunnel.quic.tickets import Tickets
 from quictunnel.wire.credit import WindowBudget
 from quictunnel.wire.errors import ErrorCode
 
@@ -70,6 +71,7 @@ class LinkListener:
         self.retry = retry
         self._steering = steering
         self._tokens = RetryTokens()
+        self._tickets = Tickets()
         self._configuration = engine.server_configuration(identity, DATAGRAM_SIZE)
         self._loop = asyncio.get_running_loop()
         self._socket: DatagramSocket | None = None
@@ -140,6 +142,7 @@ class LinkListener:
     def replace_identity(self, identity: ServerIdentity) -> None:
         """Show another certificate to new links. Raises OSError and ValueError, and then changes nothing."""
         self._configuration = self.engine.server_configuration(identity, DATAGRAM_SIZE)
+        self._tickets.clear()  # what is to be shown now is to be checked by everyone
 
     def close(self) -> None:
         """Close every link and the socket. A QUIC peer that misses the goodbye learns from its pings."""
@@ -250,7 +253,7 @@ class LinkListener:
         while True:
             # The libraries draw the id themselves: as often as there are workers on average, 80 us each time with
             # aioquic and 5 with qh3, beside some milliseconds for the handshake.
-            connection = self.engine.accept(self._configuration, original_cid, retry_cid)
+            connection = self.engine.accept(self._configuration, original_cid, retry_cid, self._tickets)
             if self._steering.fits(connection.host_cid):
                 return connection
 

@@ -6,7 +6,6 @@ import functools
 import socket
 import struct
 import sys
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
@@ -26,10 +25,7 @@ _LARGEST: Final = 65535
 "bytes of a datagram that are read; room that is not used costs nothing"
 
 _AT_ONCE: Final = 32
-"datagrams that are read before others get their turn on the event loop, and that are written when it is writable"
-
-_WAITING: Final = 2048
-"datagrams that may wait for room in the kernel's buffer; a link's congestion window is mostly less"
+"datagrams that are read before others get their turn on the event loop"
 
 _TRIES: Final = 4
 "calls for one datagram, when errors that are not its own come in between"
@@ -124,8 +120,8 @@ def _is_refusal(told: list[tuple[int, int, bytes]]) -> bool:
 class DatagramSocket:
     """A UDP socket on the event loop: datagrams come by a call and go at once.
 
-    No transport of asyncio's or uvloop's: those cannot be paused, keep what they cannot send without a bound, and hide
-    what Linux tells of single datagrams.
+    No transport of asyncio's or uvloop's: those cannot be paused, keep without a bound what the kernel has no room for,
+    and hide what Linux tells of single datagrams.
     """
 
     def __init__(
@@ -157,7 +153,6 @@ class DatagramSocket:
             # Address tuples need not be made and read again for each datagram.
             self._receive = lambda size: (sock.recv(size), peer)
             self._put = lambda data, address: sock.send(data)
-        self._waiting: deque[tuple[bytes, Any]] = deque()
         self._error: OSError | None = None  # not told yet
         self._shaken = False  # there was an error since the last wake-up
         self.closed = False
@@ -168,7 +163,7 @@ class DatagramSocket:
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "reading" if self.reading else "paused"
-        return f"<DatagramSocket {state} waiting={len(self._waiting)} dropped={self.dropped}>"
+        return f"<DatagramSocket {state} dropped={self.dropped}>"
 
     @property
     def sock(self) -> socket.socket:
@@ -188,39 +183,30 @@ class DatagramSocket:
             self._loop.add_reader(self._fd, self._readable)
 
     def close(self) -> None:
-        """Close the socket; what still waits is dropped."""
-        if self.closed:
-            return
+        """Close the socket; what is sent afterwards is dropped."""
         self.pause()
         self.closed = True
-        if self._waiting:
-            self._loop.remove_writer(self._fd)
-            self.dropped += len(self._waiting)
-            self._waiting.clear()
         self._sock.close()
 
     # Sending
 
     def send(self, data: bytes, address: Any) -> None:
-        """Send at once, or as soon as the kernel has room; the address of a connected socket is its peer's."""
-        if self._waiting:
-            self._wait(data, address)
-            return
+        """Send at once or never; the address of a connected socket is its peer's.
+
+        What the kernel has no room for is dropped, as a full queue does anywhere on the path: the sender slows down,
+        where a queue of ours would only make everything behind it late.
+        """
         try:
             self._put(data, address)
         except OSError as error:
-            if not self._sent_after(error, data, address):
-                self._wait(data, address)
+            self._not_sent(error, data, address)
 
-    def _sent_after(self, error: OSError, data: bytes, address: Any) -> bool:
-        """Whether a datagram, which met ``error`` when it was to be sent, is done with; else it waits for room."""
+    def _not_sent(self, error: OSError, data: bytes, address: Any) -> None:
         if self.closed:
-            return True
-        if isinstance(error, BlockingIOError):
-            return False
-        if error.errno == errno.ENOBUFS:
-            self.dropped += 1  # as a full queue does anywhere on the path
-            return True
+            return
+        if isinstance(error, BlockingIOError) or error.errno == errno.ENOBUFS:
+            self.dropped += 1
+            return
         # What ICMP said of an earlier datagram is reported by whatever call comes next, and that datagram, perhaps
         # another link's, is not sent.
         self._note(error)
@@ -228,35 +214,11 @@ class DatagramSocket:
             try:
                 self._put(data, address)
             except BlockingIOError:
-                return False
+                break
             except OSError:
                 continue
-            return True
-        self.dropped += 1
-        return True
-
-    def _wait(self, data: bytes, address: Any) -> None:
-        if len(self._waiting) >= _WAITING:
-            self.dropped += 1
             return
-        if not self._waiting:
-            self._loop.add_writer(self._fd, self._writable)
-        self._waiting.append((data, address))
-
-    def _writable(self) -> None:
-        waiting = self._waiting
-        for _ in range(min(len(waiting), _AT_ONCE)):
-            data, address = waiting[0]
-            try:
-                self._put(data, address)
-            except OSError as error:
-                if not self._sent_after(error, data, address):
-                    break
-            waiting.popleft()
-        if not waiting:
-            self._loop.remove_writer(self._fd)
-        if self._shaken:
-            self._rearm()
+        self.dropped += 1
 
     # Receiving
 
@@ -302,9 +264,6 @@ class DatagramSocket:
         if self.reading:
             self._loop.remove_reader(self._fd)
             self._loop.add_reader(self._fd, self._readable)
-        if self._waiting:
-            self._loop.remove_writer(self._fd)
-            self._loop.add_writer(self._fd, self._writable)
 
     # Errors
 

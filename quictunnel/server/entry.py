@@ -183,7 +183,7 @@ class ProxyEntry:
         )
 
     def _named(self, name: str) -> Tunnel:
-        tunnel = None if "." in name else self._registry.tunnel(name)
+        tunnel = self._registry.tunnel(name) if "." not in name else None
         if tunnel is None:
             raise TunnelError(ErrorCode.DESTINATION_NOT_FOUND)
         return tunnel

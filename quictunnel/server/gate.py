@@ -214,8 +214,16 @@ class Gate(LinkOwner):
             hosts = custom_hosts(hello.hosts, grant, self._domain)
         except HostRefused as refused:
             raise _Refused(refused.code, str(refused)) from None
-        self._claim(Claim(grant.token_id, grant.tunnel, hosts, self._is_made_up(grant.tunnel, hello)))
+        fleeting = self._is_made_up(grant.tunnel, hello)
+        self._claim(Claim(grant.token_id, grant.tunnel, hosts, fleeting, self._others(grant, hello)))
         return grant, hosts
+
+    def _others(self, grant: Grant, hello: Hello) -> set[str]:
+        """The hosts that other sessions of the tunnel serve."""
+        tunnel = self._registry.tunnels.get(grant.tunnel)
+        sessions = tunnel.sessions.values() if tunnel is not None else ()
+        mine = [each for each in sessions if each.grant.token_id == grant.token_id and each.id != hello.session]
+        return {host for session in mine for host in session.hosts}
 
     def _claim(self, claim: Claim) -> None:
         """Have the names be the client's token's, or find that they are. Raises _Refused."""
@@ -234,7 +242,7 @@ class Gate(LinkOwner):
             raise _Refused("limit", str(full), retry_after=60.0) from None
         except TrustError as error:
             logger.error("{}", error)
-            raise _Refused("unavailable", "the server cannot look names up now", retry_after=5.0) from None
+            raise _Refused("unavailable", "the server cannot look names up now", retry_after=1.0) from None
         tunnel = self._registry.tunnels.get(claim.tunnel)
         if tunnel is not None:
             # At once, so that not one request for the new owner goes to the old one.

@@ -73,6 +73,8 @@ class Hosts:
         return host if host in self._exact else self._beyond(host)[0]
 
     def _beyond(self, host: str) -> tuple[str, Tunnel | None]:
+        if host.endswith("]") or host.rpartition(".")[2].isdigit():
+            return "", None  # an address
         parent = host.partition(".")[2]
         below = self._below.get(parent) if parent else None
         held = self._known(host)

@@ -87,9 +87,10 @@ class Status:
 
     def _tunnel(self, tunnel: Tunnel) -> Line:
         lost_at = tunnel.lost_at
+        hosts = sorted({host for session in tunnel.sessions.values() for host in session.hosts})
         return {
             "name": tunnel.name,
-            "urls": self._server.public_urls(tunnel.name),
+            "urls": self._server.public_urls(tunnel.name, hosts),
             "token": None if tunnel.owner is None else tunnel.owner.token_id,
             "sticky": tunnel.sticky,
             "in_flight": tunnel.in_flight,

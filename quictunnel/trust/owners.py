@@ -15,7 +15,7 @@ claims with it, never the book.
 import os
 import secrets
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -111,6 +111,8 @@ class Claim(NamedTuple):
     tunnel: str
     hosts: Sequence[str] = ()
     fleeting: bool = False
+    others: Collection[str] = ()
+    "hosts of the same tunnel by other clients of the token, who are there now"
 
 
 class Owners:
@@ -163,7 +165,7 @@ class Owners:
     # Writing
 
     def claim(self, claim: Claim, now: float, *, limit: int, stands: Stands, in_use: Callable[[str], bool]) -> None:
-        """Have the names be their claimant's, all or none; hosts of the tunnel that are not among them lead nowhere.
+        """Have the names be their claimant's, all or none; hosts that nobody of the tunnel serves now lead nowhere.
 
         ``limit`` is how many names a token may have; ``in_use`` says of a fleeting name whether somebody is there who
         serves it. Raises NameTaken, NamesFull and TrustError.
@@ -175,7 +177,7 @@ class Owners:
             for host in claim.hosts:
                 self._take("host", host, claim, int(now), limit, stands, in_use)
             for held in self._hosts_of(claim.tunnel):
-                if held.name not in claim.hosts:
+                if held.token != claim.token or not (held.name in claim.hosts or held.name in claim.others):
                     self._run("UPDATE names SET tunnel = '' WHERE kind = 'host' AND name = ?", held.name)
 
     def release(self, name: str) -> list[Held]:
@@ -196,7 +198,8 @@ class Owners:
             return False
         with _understood(self.path):
             hosts = self._hosts_of(claim.tunnel)
-        return {(held.name, held.token) for held in hosts} == {(host, claim.token) for host in claim.hosts}
+        names = {held.name for held in hosts}
+        return all(held.token == claim.token for held in hosts) and names - {*claim.others} <= {*claim.hosts} <= names
 
     def _hosts_of(self, tunnel: str) -> list[Held]:
         return [Held(*row) for row in self._book.execute(f"{_LOOK} WHERE tunnel = ? AND tunnel <> ''", (tunnel,))]

@@ -259,7 +259,8 @@ def tunnel_name(host: str, domain: str) -> str | None:
 
     A deeper host has a name with dots, which is no tunnel's: it must not be taken for somebody else's host.
     """
-    return host[: -len(domain) - 1] if host.endswith(domain) and host[-len(domain) - 1 : -len(domain)] == "." else None
+    end = len(host) - len(domain) - 1
+    return host[:end] if end > 0 and host[end] == "." and host.endswith(domain) else None
 
 
 def _ipv6(address: bytes) -> str:

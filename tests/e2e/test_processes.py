@@ -82,6 +82,7 @@ def test_pool_shares_one_tunnel_and_replaces_who_dies(processes: Processes, serv
     assert not any(map(alive, (*children, other)))
 
 
+@pytest.mark.slow
 def test_refusal_that_is_final_for_one_is_final_for_all_and_said_once(
     processes: Processes, server: Server, engine: str
 ) -> None:

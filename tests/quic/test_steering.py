@@ -77,7 +77,7 @@ def test_new_ids_are_of_all_kinds() -> None:
 
 
 @pytest.mark.either
-@pytest.mark.parametrize("retry", ["never", "always"])
+@pytest.mark.parametrize("retry", ["never", pytest.param("always", marks=pytest.mark.slow)])
 async def test_link_stays_with_its_worker_when_its_address_changes(engines: tuple[str, str], retry: str) -> None:
     trust = ClientTrust("localhost", identity()[1])
     with group(WORKERS) as socks, UdpRelay(socks[0].getsockname()[1]) as relay:

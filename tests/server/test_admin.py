@@ -251,7 +251,7 @@ async def large() -> Status:
         registry=registry_of(1000, 500),
         draining=False,
         visitors=Visitors(),
-        public_urls=lambda name: [f"http://{name}.localhost"],
+        public_urls=lambda name, hosts: [f"http://{name}.localhost"],
         http_address=("127.0.0.1", 1),
         https_address=None,
         quic_address=("::1", 2),

@@ -81,9 +81,12 @@ async def status(site: Site, *fields: str) -> int:
 async def test_limits_change_for_the_next_request(site: Site, log_lines: list[str]) -> None:
     fields = [f"X-{number}: 1" for number in range(20)]
     assert await status(site, *fields) == 404
-    site.write("[serve]\nhead-fields = 10\nhold = '7s'\ngrace = '5s'\nretry = 'always'\ndefault-tunnel = false\n")
+    said = "head-fields = 10\nhold = '7s'\ngrace = '5s'\nretry = 'always'\nmax-names = 7\ndefault-tunnel = false\n"
+    site.write(f"[serve]\n{said}")
     site.reloader.reload()
-    assert last(log_lines) == ["INFO = reloaded; changed: --default-tunnel, --grace, --head-fields, --hold, --retry"]
+    changed = "--default-tunnel, --grace, --head-fields, --hold, --max-names, --retry"
+    assert last(log_lines) == [f"INFO = reloaded; changed: {changed}"]
+    assert site.server._book.max_names == 7
     assert await status(site, *fields) == 431
     assert site.server.registry.limits.hold == 7.0
     assert site.server.links.retry == "always"

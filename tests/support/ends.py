@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from quictunnel.client.agent import Agent, AgentConfig
 from quictunnel.client.fan_out import FanOut
+from quictunnel.client.health import HealthCheck
 from quictunnel.exchange import Leg
 from quictunnel.http.visitor_connection import VisitorConnection
 from quictunnel.log import AccessLog
@@ -330,7 +331,7 @@ class Ends:
 
     # Clients
 
-    def connect(self, backend: Backend | None = None, **options: Any) -> Agent:
+    def connect(self, backend: Backend | None = None, *, health: HealthCheck | None = None, **options: Any) -> Agent:
         """Start a client; ``options`` are those of AgentConfig."""
         config = AgentConfig(
             host="127.0.0.1",
@@ -340,7 +341,7 @@ class Ends:
             tunnel="app",
             authority=self._authority,
         )
-        agent = Agent(replace(config, **options), self._engines[1], FanOut(backend or Backend()))
+        agent = Agent(replace(config, **options), self._engines[1], FanOut(backend or Backend()), health=health)
         self._agents[agent] = self.loop.create_task(agent.run())
         return agent
 

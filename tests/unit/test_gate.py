@@ -562,6 +562,19 @@ async def test_hosts_are_what_the_live_sessions_say(door: Door) -> None:
     assert [leads(door, f"{name}.example.com") for name in ("one", "two", "both")] == ["", "app", "app"]
 
 
+async def test_hosts_of_several_sessions_all_stay_when_the_last_goes(door: Door) -> None:
+    claims: list[str] = []
+    door.owners._book.set_trace_callback(lambda statement: claims.append(statement) if "BEGIN" in statement else None)
+    links = []
+    for session, host in (("a", "one"), ("b", "two"), ("a", "one"), ("b", "two")):
+        links.append(door.hello(token=hosted(door), hosts=[f"{host}.example.com"], session=session * 24))
+    assert len(claims) == 2, "there is nothing to write for what is so already"
+    for link in links:
+        door.gate.link_closed(link, LinkClosed(0, "bye"))  # type: ignore[arg-type]
+    assert not door.registry.sessions()
+    assert [leads(door, f"{name}.example.com") for name in ("one", "two")] == ["app", "app"]
+
+
 async def test_hosts_stay_when_the_last_session_goes_until_one_comes_without_them(door: Door) -> None:
     link = door.hello(token=hosted(door), hosts=["app.example.com", "*.wild.example"])
     door.gate.link_closed(link, LinkClosed(0, "bye"))  # type: ignore[arg-type]
@@ -697,4 +710,7 @@ async def test_book_that_cannot_be_read_makes_names_unavailable_not_unknown(door
         with pytest.raises(TunnelError) as error:
             door.registry.tunnel(name)
         assert error.value.code == ErrorCode.DESTINATION_UNAVAILABLE
+    with pytest.raises(TunnelError):
+        door.hosts.tunnel("app.example.com")  # perhaps somebody's: not to be taken for nobody's
+    assert door.hosts.tunnel("192.0.2.1") is door.hosts.tunnel("[2001:db8::1]") is None
     assert len([line for line in log_lines if "names.db" in line]) == 1
