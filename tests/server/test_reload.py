@@ -236,4 +236,4 @@ def test_every_option_that_is_said_to_change_live_exists_and_the_others_are_know
     fields = set(ServeSettings.model_fields)
     assert fields >= module._LIVE
     fixed = fields - module._LIVE - module._OF_THE_START
-    assert fixed == {"domain", "engine", "http", "https", "quic", "state_dir", "window_budget"}
+    assert fixed == {"domain", "engine", "http", "https", "quic", "state_dir", "window_budget", "workers"}
