@@ -81,7 +81,7 @@ async def serve(
         log_shared=worker is not None, worker=index,
     )  # fmt: skip
     # Only now: what cannot be is found out before anything of a running server is touched.
-    inherited = _inherit(settings) if settings.takeover and worker is None else None
+    inherited = _inherit(settings, worker) if settings.takeover else None
     with stop_signals(parent) as stopped, _hang_up(reloader.reload), quiet_names():
         if inherited is not None:
             try:
@@ -94,7 +94,13 @@ async def serve(
             if worker is not None and worker.replaces:
                 await _clients_back(server, stopped)
             await server.start_visitors(sockets)
-        admin = _open_door(settings, engine, server, index, stopped.set)
+
+        def succeeded() -> None:
+            if parent is not None:
+                parent.leave()
+            stopped.set()
+
+        admin = _open_door(settings, engine, server, index, succeeded)
         if parent is None:
             tell(settings, identity)
         else:
@@ -188,14 +194,19 @@ def _local_join(directory: Path, tokens: TokenStore, address: str, pin: bytes) -
     return join
 
 
-def _inherit(settings: ServeSettings) -> Inherited | None:
-    """What the running server leaves to this one. Raises CommandError."""
+def _inherit(settings: ServeSettings, worker: Worker | None) -> Inherited | None:
+    """What the running server, or its worker of the same number, leaves to this one. Raises CommandError."""
     addresses = Addresses(settings.http, settings.https, settings.quic)
-    found = take_over(settings.state_dir, addresses)
-    if not found:
+    only = None if worker is None else worker.number
+    found = take_over(settings.state_dir, addresses, settings.workers, only=only)
+    if found:
+        if worker is not None:  # the same, once more
+            for sock in (*worker.sockets.http, *worker.sockets.https, worker.sockets.quic):
+                sock.close()
+        return found[0]
+    if worker is None:
         logger.info("= there is no server to take over from in {}: starting anew", settings.state_dir)
-        return None
-    return found[0]
+    return None
 
 
 def _open_door(settings: ServeSettings, engine: Engine, server: Server, worker: int, end: Callable[[], None]) -> Admin:

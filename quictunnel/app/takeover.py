@@ -1,7 +1,7 @@
 """``quictunnel serve --takeover``: the new process's side. See ``server.handover`` for what is said.
 
-``take_over`` needs no event loop, so that a process can call it that forks its workers afterwards: each of them takes
-the ``Inherited`` of its number, and every other process closes its own copy of that.
+``take_over`` needs no event loop. With workers their parent calls it first, for the sockets that it keeps and to learn
+whether all of it is possible, and hangs up; then each worker takes over from the one of its number.
 """
 
 import asyncio
@@ -54,11 +54,17 @@ class Inherited:
     def __repr__(self) -> str:
         return f"<Inherited of process {self.process}, worker {self.worker}>"
 
-    def close(self) -> None:
-        """Close this process's copies. When no process has one left, the running server goes on as before."""
+    def hang_up(self) -> Sockets:
+        """Keep the sockets and leave it at that; the running server goes on as before."""
         self._call.close()
-        for sock in (*self.sockets.http, *self.sockets.https, self.sockets.quic, self._channel):
+        self._channel.close()
+        return self.sockets
+
+    def close(self) -> None:
+        """Keep nothing; the running server goes on as before."""
+        for sock in (*self.sockets.http, *self.sockets.https, self.sockets.quic):
             sock.close()
+        self.hang_up()
 
     async def begin(self, server: Server) -> None:
         """Start ``server`` in the other's place: its clients first, then visitors. Raises CommandError and OSError."""
@@ -110,18 +116,18 @@ class Inherited:
         return True
 
 
-def take_over(state_dir: Path, addresses: Addresses, workers: int = 1) -> list[Inherited]:
+def take_over(state_dir: Path, addresses: Addresses, workers: int = 1, *, only: int | None = None) -> list[Inherited]:
     """The sockets of the server that runs with the state directory, one item for each of ``workers``, in order.
 
-    Empty if none runs. Raises CommandError when it cannot be taken over; then nothing of it has changed, nor does it
-    change before ``Inherited.begin``.
+    With ``only`` those of the worker of that number; empty if none runs. Raises CommandError when it cannot be taken
+    over; then nothing of it has changed, nor does it change before ``Inherited.begin``.
     """
     found, silent = calls(state_dir, _ANSWER_TIME)
     inherited: list[Inherited] = []
     try:
         if silent:
             raise CommandError(f"the running server cannot be asked: {silent[0][0]}: {silent[0][1]}")
-        running = _chosen([(call, _about(call)) for call in found], addresses, workers)
+        running = _chosen([(call, _about(call)) for call in found], addresses, workers, only)
         for call, about in running:
             inherited.append(_asked_for(call.path, about))
         return inherited
@@ -150,10 +156,13 @@ def _about(call: Call) -> dict[str, Any]:
 _Asked: TypeAlias = list[tuple[Call, dict[str, Any]]]
 
 
-def _chosen(found: _Asked, addresses: Addresses, workers: int) -> _Asked:
-    """The processes of the server at these addresses, by worker. Raises CommandError."""
+def _chosen(found: _Asked, addresses: Addresses, workers: int, only: int | None) -> _Asked:
+    """The processes of the server at these addresses, by worker, or that of one worker. Raises CommandError."""
     serving = [each for each in found if not each[1]["draining"]]
     matching = [each for each in serving if not _difference(each[1], addresses)]
+    if only is not None:
+        # Its siblings are there too, those of the running server and perhaps of this one.
+        return [each for each in matching if each[1]["worker"] == only][:1]
     if not matching:
         if serving:
             raise CommandError(_difference(serving[0][1], addresses))

@@ -9,7 +9,7 @@ connection ids (``quic.steering``).
 import errno
 import gc
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
 
 from loguru import logger
@@ -19,6 +19,7 @@ from quictunnel.app.identity import identity_of
 from quictunnel.app.process import choose_engine, raise_file_limit
 from quictunnel.app.serve import Bound, Worker, announce, serve
 from quictunnel.app.supervise import Message, Parent, Supervisor
+from quictunnel.app.takeover import Addresses, take_over
 from quictunnel.options import CommandError, UsageError
 from quictunnel.quic.steering import steer
 from quictunnel.server.server import Sockets
@@ -51,7 +52,13 @@ def serve_workers(settings: ServeSettings, again: Callable[[], ServeSettings], r
     tokens = TokenStore(settings.state_dir)
     tokens.load()
     identity = identity_of(settings, settings.quic[0])
-    with Ports(settings) as ports:
+    inherited: list[Sockets] = []
+    if settings.takeover:
+        addresses = Addresses(settings.http, settings.https, settings.quic)
+        inherited = [each.hang_up() for each in take_over(settings.state_dir, addresses, settings.workers)]
+        if not inherited:
+            logger.info("= there is no server to take over from in {}: starting anew", settings.state_dir)
+    with Ports(settings, inherited) as ports:
         ready: set[int] = set()
         started: set[int] = set()
 
@@ -100,10 +107,23 @@ def _log_anew(settings: ServeSettings, again: Callable[[], ServeSettings]) -> Se
 class Ports:
     """The sockets of all workers, each in a group of its port."""
 
-    def __init__(self, settings: ServeSettings) -> None:
-        """Raises OSError with the address in its text, and CommandError where workers cannot be."""
-        self._workers: list[Sockets] = []
-        self._all: list[socket.socket] = []
+    def __init__(self, settings: ServeSettings, inherited: Sequence[Sockets] = ()) -> None:
+        """``inherited`` are those of a server that is taken over.
+
+        Raises OSError with the address in its text, and CommandError where workers cannot be.
+        """
+        self._workers: list[Sockets] = list(inherited)
+        self._all: list[socket.socket] = [sock for http, https, quic in inherited for sock in (*http, *https, quic)]
+        if not inherited:
+            self._open(settings)
+        first = self._workers[0]
+        self.bound = Bound(
+            first.http[0].getsockname()[:2],
+            first.https[0].getsockname()[:2] if first.https else None,
+            first.quic.getsockname()[:2],
+        )
+
+    def _open(self, settings: ServeSettings) -> None:
         try:
             quic = self._bind("--quic", settings.quic, settings.workers, socket.SOCK_DGRAM)
             http = self._bind("--http", settings.http, settings.workers, socket.SOCK_STREAM)
@@ -118,12 +138,6 @@ class Ports:
         self._workers = [
             Sockets(mine, mine_too, only) for mine, mine_too, (only,) in zip(http, https, quic, strict=True)
         ]
-        first = self._workers[0]
-        self.bound = Bound(
-            first.http[0].getsockname()[:2],
-            first.https[0].getsockname()[:2] if first.https else None,
-            first.quic.getsockname()[:2],
-        )
 
     def __enter__(self) -> "Ports":
         return self
