@@ -10,7 +10,7 @@ from loguru import logger
 
 from quictunnel.app.gauge import Gauge
 from quictunnel.app.process import calm_collector, choose_engine, raise_file_limit, say, stop_signals
-from quictunnel.app.supervise import Parent
+from quictunnel.app.supervise import Hopeless, Parent
 from quictunnel.client.agent import Agent, AgentConfig, FinalRefusal
 from quictunnel.client.choose import open_backend
 from quictunnel.client.fan_out import Backend, FanOut, host_rule
@@ -51,7 +51,7 @@ async def connect(settings: ConnectSettings, parent: Parent | None = None) -> in
             calm_collector()
             await serve_session(agent, stopped, settings.grace)
     except FinalRefusal as refusal:
-        raise CommandError(f"the server refuses: {refusal}" if refusal.code != "untrusted" else str(refusal)) from None
+        raise Hopeless(f"the server refuses: {refusal}" if refusal.code != "untrusted" else str(refusal)) from None
     finally:
         await _close(backend, settings.grace)
     return 0

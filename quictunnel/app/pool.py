@@ -15,7 +15,7 @@ from quictunnel.app.connect import connect
 from quictunnel.app.gauge import REPORT_TIME
 from quictunnel.app.process import choose_engine, say
 from quictunnel.app.scaling import Sample, Scaling
-from quictunnel.app.supervise import Message, Parent, Supervisor
+from quictunnel.app.supervise import Message, Parent, Supervisor, one_of_many
 from quictunnel.settings import ConnectSettings
 
 __all__ = ["connect_processes"]
@@ -70,7 +70,7 @@ class _Pool:
             self._supervisor.start(index)
 
     def _child(self, index: int, parent: Parent) -> int:
-        return self._run(connect(self._settings, parent))
+        return one_of_many(lambda: self._run(connect(self._settings, parent)), others_work=self._announced)
 
     def _message(self, index: int, message: Message) -> None:
         match message:

@@ -27,7 +27,7 @@ from loguru import logger
 from quictunnel.options import CommandError, reason
 from quictunnel.trust.files import TrustError
 
-__all__ = ["Parent", "Supervisor"]
+__all__ = ["Hopeless", "Parent", "Supervisor", "one_of_many"]
 
 FIRST_RETRY: Final = 0.1
 LONGEST_RETRY: Final = 10.0
@@ -41,6 +41,10 @@ _READ_SIZE: Final = 65536
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
 Message = dict[str, Any]
+
+
+class Hopeless(CommandError):
+    """No child can do the work, now or later: the whole is to end."""
 
 
 class Parent:
@@ -384,6 +388,23 @@ class Supervisor:
         self._waker.close()
         for descriptor in self._life:
             os.close(descriptor)
+
+
+def one_of_many(work: Callable[[], int], *, others_work: bool) -> int:
+    """Do a child's work; if it cannot begin and others do theirs, it is to try again, and the whole goes on.
+
+    A file that cannot be read just now, or an application that does not load since it was changed, is no reason for
+    the others to end. Raises what ``work`` does, but then only Hopeless.
+    """
+    try:
+        return work()
+    except Hopeless:
+        raise
+    except (CommandError, TrustError, OSError) as error:
+        if not others_work:
+            raise
+        logger.error("cannot start: {}", reason(error) if isinstance(error, OSError) else error)
+        return 1
 
 
 def _how_it_ended(status: int) -> str:

@@ -18,7 +18,7 @@ from quictunnel import log
 from quictunnel.app.identity import identity_of
 from quictunnel.app.process import choose_engine, raise_file_limit
 from quictunnel.app.serve import Bound, Worker, announce, serve
-from quictunnel.app.supervise import Message, Parent, Supervisor
+from quictunnel.app.supervise import Message, Parent, Supervisor, one_of_many
 from quictunnel.app.takeover import Addresses, take_over
 from quictunnel.options import CommandError, UsageError
 from quictunnel.quic.steering import steer
@@ -64,7 +64,7 @@ def serve_workers(settings: ServeSettings, again: Callable[[], ServeSettings], r
 
         def child(index: int, parent: Parent) -> int:
             worker = Worker(index, parent, ports.leave_to(index), index in ready)
-            return run(serve(settings, again, worker))
+            return one_of_many(lambda: run(serve(settings, again, worker)), others_work=bool(started))
 
         def heard(index: int, message: Message) -> None:
             if message["kind"] == "ready":

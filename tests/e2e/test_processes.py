@@ -180,3 +180,23 @@ def test_pool_grows_with_the_load_loses_nothing_and_falls_back(tmp_path: Path, e
 def test_tunnel_of_a_python_program_is_one_session() -> None:
     with pytest.raises(ValueError, match="one session, in the caller's process"):
         quictunnel.connect(3000, processes=2)
+
+
+@pytest.mark.slow
+def test_application_that_does_not_load_any_more_leaves_the_others_alone(
+    processes: Processes, server: Server, engine: str
+) -> None:
+    app = processes.directory / "changing.py"
+    good = "from tests.support.apps import heavy as app\n"
+    app.write_text(good)
+    client = connect(processes, server, "changing:app", "--processes", "2", "--tunnel", "change", "--engine", engine)
+    client.ready()
+    for cache in processes.directory.glob("__pycache__/changing.*"):
+        cache.unlink()
+    app.write_text("raise RuntimeError('half saved')\n")
+    os.kill(client.children[0], signal.SIGKILL)
+    client.said("cannot start: .*half saved")
+    assert client.running
+    app.write_text(good + "\n")
+    poll(lambda: client.log.count("serving tunnel change ") == 3, 30, "it tries again")
+    assert client.stop() == 0

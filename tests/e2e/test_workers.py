@@ -142,6 +142,38 @@ def test_worker_that_is_killed_is_back_and_loses_only_what_it_held(processes: Pr
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_workers_are_taken_over_one_by_one_and_lose_nothing(processes: Processes, engine: str) -> None:
+    async def play() -> None:
+        async with nonce_backend(ledger := Ledger()) as backend:
+            tunnel = await asyncio.to_thread(
+                processes.tunnel, backend.target, (engine, engine), serve=("--workers", "2")
+            )
+            await asyncio.to_thread(poll, lambda: tunnel.server.log.count(" serves tunnel app ") == 2)
+            load = Load(tunnel.address, post=0.5)
+            running = asyncio.get_running_loop().create_task(load.at_rate(100))
+            old = tunnel.server.process
+            for _ in range(2):
+                await asyncio.sleep(1)
+                args = (*ANYWHERE, "--state-dir", str(tunnel.server.state), "--workers", "2", "--engine", engine)
+                new = processes.start("serve", "--takeover", *args)
+                facts = await asyncio.to_thread(new.ready, limit=60)
+                assert (facts["http"], facts["quic"]) == (tunnel.server.facts["http"], tunnel.server.facts["quic"])
+                assert await asyncio.to_thread(old.exited, 60) == 0
+                assert "another is started" not in old.log, "its workers left for good"
+                old = new
+            await asyncio.sleep(1)
+            load.stop()
+            records = await running
+            assert len(records) > 200
+            assert all(record.ok for record in records), [each for each in records if not each.ok][:5]
+            assert max(ledger.whole.values()) == 1
+            assert await asyncio.to_thread(old.stop) == 0
+
+    asyncio.run(play())
+
+
+@pytest.mark.slow
 def test_processes_end_when_the_one_that_started_them_is_killed(processes: Processes, engine: str) -> None:
     server = processes.server("--workers", "2", engine=engine)
     workers = server.process.children

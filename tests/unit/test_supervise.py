@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from quictunnel.app.supervise import MESSAGE_LIMIT, Parent, Supervisor
+from quictunnel.app.supervise import MESSAGE_LIMIT, Hopeless, Parent, Supervisor, one_of_many
 from quictunnel.options import CommandError
 from tests.support.forge import Family, Forge, alive
 from tests.support.processes import poll
@@ -75,6 +75,29 @@ def unreadable() -> int:
         return os.open("/nowhere/token", os.O_RDONLY)
 
     return family(main, 3)
+
+
+def starting_again() -> int:
+    """Work that has begun once, then cannot begin twice, and then never will."""
+    lives: list[int] = []
+
+    def main(index: int, parent: Parent) -> int:
+        def work() -> int:
+            say("life", len(lives))
+            if not lives:
+                return 1
+            raise Hopeless("revoked") if len(lives) == 3 else OSError(2, "No such file", "/nowhere/key")
+
+        parent.tell("life")
+        return one_of_many(work, others_work=bool(lives))
+
+    supervisor = Supervisor(main, word="child", on_message=lambda index, message: lives.append(index))
+    supervisor.start(0)
+    try:
+        return supervisor.run()
+    except CommandError as error:
+        say("failed", error)
+        return 3
 
 
 def deaf() -> int:
@@ -201,6 +224,14 @@ def test_what_no_child_can_do_ends_the_whole_with_its_words(forge: Forge) -> Non
     assert family.lines("failed") == ["the certificate is of yesterday"]
     all_gone(family)
     assert "another is started" not in family.output
+
+
+def test_replacement_that_cannot_begin_tries_again_and_ends_the_whole_only_when_it_is_hopeless(forge: Forge) -> None:
+    family = forge.family("starting_again")
+    assert family.exited() == 3
+    assert family.lines("life") == ["0", "1", "2", "3"]
+    assert family.output.count("cannot start: /nowhere/key: No such file") == 2
+    assert family.lines("failed") == ["revoked"]
 
 
 def test_several_that_fail_for_one_reason_say_it_once(forge: Forge) -> None:
