@@ -16,7 +16,7 @@ from quictunnel.log import AccessLog
 from quictunnel.quic.link import HEAD_LIMIT
 from quictunnel.server.hosts import Hosts
 from quictunnel.server.registry import Registry, Session, Tunnel
-from quictunnel.server.request_leg import NO_BACKEND, RequestLeg
+from quictunnel.server.request_leg import NO_BACKEND, Memory, RequestLeg
 from quictunnel.wire.control import CONNECT_CAPABILITY
 from quictunnel.wire.credit import WindowBudget
 from quictunnel.wire.errors import ErrorCode, TunnelError
@@ -48,6 +48,7 @@ class ProxyEntry:
         self._registry = registry
         self._hosts = hosts
         self._budget = budget
+        self._memory = Memory()
         self._access = access
         self._domain = domain
         self.default_tunnel = default_tunnel
@@ -64,7 +65,7 @@ class ProxyEntry:
             tunnel = self._route(head, visitor)
             if head.method == b"CONNECT" and not tunnel.offers(CONNECT_CAPABILITY):
                 raise TunnelError(ErrorCode.NOT_IMPLEMENTED, "CONNECT is not offered here.")
-            leg = RequestLeg(self._budget, HEAD_LIMIT, self._again)
+            leg = RequestLeg(self._budget, HEAD_LIMIT, self._again, self._memory)
             if tunnel.sticky:
                 self._stick(tunnel, head, visitor, leg)
             self._registry.dispatch(tunnel, leg, self._clock())
@@ -96,7 +97,7 @@ class ProxyEntry:
             may_wait = True  # for its client to come back
         elif session is not None:
             tried |= {session}  # its backend, or what is before it, ended the connection
-        other = RequestLeg(self._budget, HEAD_LIMIT, self._again)
+        other = RequestLeg(self._budget, HEAD_LIMIT, self._again, self._memory)
         other.tried, other.failure = tried, error
         if not (may_wait or tunnel.choose_session(now, other)):
             return False

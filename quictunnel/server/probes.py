@@ -74,7 +74,7 @@ class Prober:
                         self._ask(session, link, now)
 
     def _ask(self, session: "Session", link: "Link", now: float) -> None:
-        leg = RequestLeg(self._budget, HEAD_LIMIT, None)
+        leg = RequestLeg(self._budget, HEAD_LIMIT)
         self._registry.occupy(session)
         link.attach(leg)
         join(_Probe(), leg)

@@ -23,7 +23,7 @@ from quictunnel.wire.frames import Data, Frame, RequestHead, ResponseHead
 if TYPE_CHECKING:
     from quictunnel.server.registry import Session
 
-__all__ = ["NO_BACKEND", "RequestLeg"]
+__all__ = ["NO_BACKEND", "Memory", "RequestLeg"]
 
 NO_BACKEND: Final = frozenset(
     {
@@ -40,8 +40,22 @@ NO_BACKEND: Final = frozenset(
 # Bytes of body; a larger one, once on its way, is not kept for a second attempt.
 _KEPT: Final = 64 * 1024
 
+KEPT_TOTAL: Final = 32 * 1024 * 1024
+"bytes of the bodies of all requests together; beyond it none is kept"
+
 # Attempts after the first. What is refused everywhere must not go round for ever.
 _AGAIN: Final = 3
+
+
+class Memory:
+    """How many bytes of bodies are kept by all legs of a server."""
+
+    __slots__ = ("limit", "used")
+
+    def __init__(self, limit: int = KEPT_TOTAL) -> None:
+        self.limit = limit
+        self.used = 0
+
 
 Again = Callable[["RequestLeg", Leg, TunnelError], bool]
 
@@ -53,6 +67,7 @@ class RequestLeg(StreamLeg):
         "_again",
         "_kept",
         "_kept_size",
+        "_memory",
         "failure",
         "lost",
         "prefers",
@@ -62,10 +77,13 @@ class RequestLeg(StreamLeg):
         "unreached",
     )
 
-    def __init__(self, budget: WindowBudget, head_limit: int, again: Again | None) -> None:
+    def __init__(
+        self, budget: WindowBudget, head_limit: int, again: Again | None = None, memory: Memory | None = None
+    ) -> None:
         """``again(leg, visitor, error)`` gives the request to another leg, or says that it did not."""
         super().__init__(budget, head_limit, is_opener=True)
         self._again = again
+        self._memory = memory or Memory()
         self._kept: list[Frame] | None = None if again is None else []
         self._kept_size = 0
         self.tries = 0
@@ -81,15 +99,28 @@ class RequestLeg(StreamLeg):
     def receive(self, frame: Frame) -> None:
         kept = self._kept
         if kept is not None:
+            kept.append(frame)
             if type(frame) is Data:
-                self._kept_size += len(frame.data)
-                if self._kept_size > _KEPT:
-                    self._kept = None
-                else:
-                    kept.append(frame)
-            else:
-                kept.append(frame)
+                self._keep(len(frame.data))
         StreamLeg.receive(self, frame)
+
+    def abort(self, error: TunnelError) -> None:
+        StreamLeg.abort(self, error)
+        self._forget()
+
+    # What is kept
+
+    def _keep(self, size: int) -> None:
+        memory = self._memory
+        self._kept_size += size
+        memory.used += size
+        if self._kept_size > _KEPT or memory.used > memory.limit:
+            self._forget()
+
+    def _forget(self) -> None:
+        self._kept = None
+        self._memory.used -= self._kept_size
+        self._kept_size = 0
 
     # A second attempt
 
@@ -120,7 +151,8 @@ class RequestLeg(StreamLeg):
     def repeat_on(self, leg: "RequestLeg") -> None:
         """Hand all that was received here to ``leg``, which is joined to this one's former peer."""
         assert self._kept is not None
-        kept, self._kept = self._kept, None
+        kept = self._kept
+        self._forget()
         leg.tries = self.tries + 1
         leg.prefers = self.prefers
         for frame in kept:
@@ -141,13 +173,19 @@ class RequestLeg(StreamLeg):
         self.lost, self.unreached = True, self._never_left()
         StreamLeg.link_lost(self)
 
+    def _fail(self, error: TunnelError) -> None:
+        peer = self.peer
+        StreamLeg.abort(self, error)
+        self._tell(peer, error)
+
     def _tell(self, peer: Leg, error: TunnelError) -> None:
         if not self.is_repeatable or peer is VOID or self._again is None or not self._again(self, peer, error):
             peer.abort(error)
+        self._forget()
 
     def _head_received(self, head: RequestHead | ResponseHead) -> None:
         # What the visitor begins to get must be one answer.
-        self._kept = None
+        self._forget()
         session, link = self.session, self.link
         if link is not None:
             link.answered_at = link.heard_at

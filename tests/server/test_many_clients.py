@@ -218,6 +218,31 @@ def test_upload_that_is_too_large_to_be_kept_is_not_given_again(on_each: Play) -
     on_each(scenario)
 
 
+def test_bodies_are_kept_within_a_bound_and_given_back(on_each: Play) -> None:
+    async def scenario(ends: Ends) -> None:
+        memory = ends.server.entry._memory
+        memory.limit = 100_000
+        waiting, other = Backend(None), Backend()
+        agent = await ends.connected(waiting)
+        visits = []
+        for _ in range(8):
+            visits.append(ends.visit("/", "Content-Length: 20000", method="PUT"))
+            visits[-1].send(b"x" * 20_000)
+        await ends.until(lambda: len(waiting.requests) == 8)
+        assert memory.used == 100_000
+        visits[0].leave()
+        visits[7].leave()
+        await ends.until(lambda: memory.used == 80_000)
+        await ends.connected(other)
+        vanish(ends, agent, tells=False)
+        # Five were whole; of those one has left. The others may have been answered, and nobody can ask them again.
+        assert sorted(await all_answered(ends, visits[1:7], 60.0)) == [200] * 4 + [502] * 2
+        assert [len(body_of(request)) for request in other.requests] == [20_000] * 4
+        assert memory.used == 0
+
+    on_each(scenario)
+
+
 # Waiting for a client
 
 
