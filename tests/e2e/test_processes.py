@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 import quictunnel
 from tests.support.forge import alive
-from tests.support.nonces import body_of
+from tests.support.nonces import Load, body_of
 from tests.support.pools import rise
 from tests.support.processes import Process, Processes, Server, poll
 from tests.support.visits import Answer, visit
@@ -163,6 +164,35 @@ def test_pool_without_uvloop_logs_json_that_says_which_process_it_was(
         lines = [json.loads(line) for line in client.log.splitlines()]
         served = Counter(line["client"] for line in lines if line["message"].startswith("serving tunnel json"))
         assert served == {0: 1, 1: 1}
+
+
+@pytest.mark.slow
+def test_process_of_a_pool_that_is_killed_costs_only_what_it_had_begun(
+    processes: Processes, server: Server, engine: str
+) -> None:
+    async def play() -> None:
+        args = ("--processes", "2", "--tunnel", "killed", "--engine", engine)
+        client = connect(processes, server, HEAVY, *args)
+        await asyncio.to_thread(client.ready)
+        load = Load(server.http, host=lambda: "killed.localhost", post=0.5, wait=lambda chance: 3)
+        running = asyncio.get_running_loop().create_task(load.at_rate(60, seconds=10))
+        await asyncio.sleep(2)
+        children = client.children
+        os.kill(children[0], signal.SIGKILL)
+        at = time.monotonic()
+        await asyncio.to_thread(poll, lambda: len(found := client.children) == 2 and children[0] not in found)
+        back = time.monotonic() - at
+        records = await running
+        failed = [record for record in records if not record.ok]
+        slowest = max(record.ended - record.due for record in records if record.due > at)
+        kinds = Counter(f"{each.method} {each.kind}" for each in failed)
+        print(f"\n{engine}: {back * 1000:.0f} ms until another was there; of {len(records)} failed {dict(kinds)}; "
+              f"slowest after it {slowest:.2f} s")  # fmt: skip
+        assert all(record.method == "POST" for record in failed), failed
+        assert len(failed) <= 10
+        assert await asyncio.to_thread(client.stop) == 0
+
+    asyncio.run(play())
 
 
 @pytest.mark.slow
