@@ -103,6 +103,9 @@ class Engine:
     needs_retry: bool
     "whether the server side completes a handshake only with a client whose address is validated"
 
+    address_changes: int | None
+    "how often a peer's address may change before the server side takes no more of it; None: always"
+
     sends_before_events: bool
     "whether what may be sent has to be taken after each datagram, before the events of what came"
 
@@ -220,6 +223,8 @@ def select_engine(name: str) -> Engine:
         # right after a start 2 of 10 and 0 of 17. To send before each datagram as well helps no further, and a link
         # that has failed so sends no more when it is asked again. Not within handshakes, whose flights it would tear
         # into single packets.
+        # qh3 2.1 drops what comes from a fifth address. tests/quic shows it.
+        address_changes=3 if name == "qh3" else None,
         sends_before_events=name == "qh3",
         connection=reined or connection.QuicConnection,
         connection_error=connection.QuicConnectionError,

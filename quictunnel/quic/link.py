@@ -95,6 +95,9 @@ class LinkOwner:
         leg.abort(TunnelError(ErrorCode.NOT_ACCEPTED))
         return head
 
+    def link_moved(self, link: "Link") -> None:
+        """The peer's datagrams come from another address than before."""
+
     def link_refused(self, link: "Link") -> None:
         """The peer's host says that nobody listens there."""
 
@@ -130,6 +133,7 @@ class Link:
         self.owner = owner
         self.session: Any = None  # the owner's, to find its own again
         self.address: Any = None  # where the peer's last datagram came from
+        self.address_changes = 0
 
         # for as long as the connection lives
         self._connection = connection
@@ -458,7 +462,8 @@ class Link:
             return
         self.heard_at = now = self._loop.time()
         self.refused = False
-        self.address = address
+        if address != self.address:
+            self._moved(address)
         try:
             self._connection.receive_datagram(data, address, now=now)
             if self.engine.sends_before_events and self.ready:
@@ -470,6 +475,12 @@ class Link:
         except Exception as error:
             self._broken(error)
         self.schedule()
+
+    def _moved(self, address: Any) -> None:
+        known, self.address = self.address is not None, address
+        if known:
+            self.address_changes += 1
+            self.owner.link_moved(self)
 
     def _events(self) -> None:
         events = self.engine.events

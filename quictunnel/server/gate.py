@@ -113,6 +113,12 @@ class Gate(LinkOwner):
         if link.session is not None:
             self._registry.slots_allowed(link.session, self._loop.time())
 
+    def link_moved(self, link: Link) -> None:
+        allowed = link.engine.address_changes
+        if allowed is not None and link.address_changes == allowed - 1 and link.session is not None:
+            # In time: the client dials another link beside it, and this one ends when nothing is under way on it.
+            link.send_control(Drain(again=True))
+
     def link_refused(self, link: Link) -> None:
         if link.session is not None:
             self._registry.refused(link)

@@ -167,6 +167,9 @@ class RequestLeg(StreamLeg):
         if not self.ended and self.is_repeatable:
             self.lost, self.unreached = True, self._never_left()
             if self.unreached or self.is_idempotent:
+                if self.link is not None and self.stream_id >= 0 and not self.may_send:
+                    # Though all has been said: whatever the library would repeat must not come to a backend any more.
+                    self.link.cut_stream(self.stream_id, ErrorCode.NOT_ACCEPTED, sending=True, receiving=False)
                 self._fail(TunnelError(ErrorCode.CONNECTION_TERMINATED, "the tunnel's client does not answer"))
 
     def link_lost(self) -> None:

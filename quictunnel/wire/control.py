@@ -143,7 +143,7 @@ class Drain:
 
     type: ClassVar[str] = "drain"
     again: bool = False
-    "from a server: the same address is to be dialled, for another process answers there now"
+    "from a server: the same address is to be dialled: another process answers there now, or this link cannot last"
 
 
 @dataclass(frozen=True, slots=True)

@@ -379,6 +379,24 @@ def test_link_whose_local_address_is_gone_goes_on_from_another_with_its_streams(
     on_all(scenario)
 
 
+def test_nat_that_forgets_again_and_again_costs_no_request(on_all: Play) -> None:
+    async def scenario(ends: Ends) -> None:
+        backend = Backend(0.1)
+        await ends.connected(backend)
+        visits = []
+        for _ in range(12):
+            for address in ends.client_addresses():
+                ends.network.rebind(address)
+            for _ in range(10):
+                visits.append(ends.visit("/", "Content-Length: 0", method="POST"))
+                await asyncio.sleep(0.1)
+        await ends.until(lambda: all(visit.status for visit in visits), 40)
+        assert {visit.status for visit in visits} == {200}
+        assert len(backend.requests) == len(visits), "each reached the backend once"
+
+    on_all(scenario)
+
+
 def test_first_route_that_is_dead_is_given_up_at_once(on_each: Play) -> None:
     async def scenario(ends: Ends) -> None:
         ends.network.lose = lambda source, destination: True

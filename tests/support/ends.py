@@ -91,14 +91,26 @@ class Datagrams:
         self.tells = True
         "whether a sender learns that nobody listens where it sends (ICMP)"
 
+        self._outside: dict[Address, Address] = {}  # as what others see an address, where a NAT is before it
+        self._inside: dict[Address, Address] = {}
+
+    def rebind(self, address: Address) -> None:
+        """The NAT before an address forgets it, and what comes from there is seen as from another."""
+        outside = ("127.0.0.2", self._outside.get(address, ("", 1024))[1] + 1)
+        self._inside = {seen: inside for seen, inside in self._inside.items() if inside != address}
+        self._outside[address] = outside
+        self._inside[outside] = address
+
     def carry(self, data: bytes, source: Endpoint, destination: Address) -> None:
         if not self.lose(source.address, destination):
             self._loop.call_later(self.delay, self._deliver, data, source, destination)
 
     def _deliver(self, data: bytes, source: Endpoint, destination: Address) -> None:
-        endpoint = self.endpoints.get(destination)
+        inside = self._inside.get(destination, destination)
+        hidden = inside == destination and destination in self._outside
+        endpoint = None if hidden else self.endpoints.get(inside)
         if endpoint is not None:
-            endpoint.deliver(data, source.address)
+            endpoint.deliver(data, self._outside.get(source.address, source.address))
         elif self.tells and source.is_open:
             source.refuse(data, destination)
 
