@@ -175,6 +175,7 @@ def test_grace_bounds_the_end(processes: Processes) -> None:
         visitor.join(10)
 
 
+@pytest.mark.slow
 def test_sighup_changes_what_the_file_says_and_drops_nothing(engine: str, processes: Processes, tmp_path: Path) -> None:
     come, go = threading.Event(), threading.Event()
     file = tmp_path / "tunnel.toml"

@@ -1,13 +1,14 @@
 """A server that takes over from the one that runs: its visitors and clients notice nothing."""
 
 import asyncio
-import json
 import re
 import threading
 from collections.abc import Iterator
 
 import pytest
 
+from quictunnel.app.ask import calls
+from quictunnel.app.status import _asked, merged
 from tests.support.backends import Connection, RawBackend, answer
 from tests.support.nonces import Ledger, Load, figures, nonce_backend
 from tests.support.processes import Process, Processes, Tunnel, poll
@@ -53,7 +54,7 @@ def test_a_request_under_way_ends_at_the_old_server_and_the_next_is_the_new_ones
         assert facts["http"] == tunnel.server.facts["http"]
         assert facts["quic"] == tunnel.server.facts["quic"]
         assert visit(tunnel.address).body == b"whole"
-        shown = json.loads(processes.run("status", "--json", "--state-dir", str(tunnel.server.state)).stdout)
+        shown = merged([_asked(call) for call in calls(tunnel.server.state, 5.0)[0]])
         assert [(each["pid"], each["draining"]) for each in shown["processes"]] == [(new.pid, False), (old.pid, True)]
         assert [session["health"] for session in shown["tunnels"][0]["sessions"]] == ["healthy"]
         assert old.running

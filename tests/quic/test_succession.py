@@ -19,6 +19,8 @@ from quictunnel.wire.frames import Data, End, RequestHead, ResponseHead
 from tests.support.crowd import until
 from tests.support.memory import HELLO, Owner, Recorder, identity
 
+pytestmark = pytest.mark.either
+
 ADDRESSES: list[Any] = [("127.0.0.1", 4242), ("::1", 4242, 0, 0), ("fe80::1%eth0", 1, 5, 3)]
 BUDGET = WindowBudget(1 << 20)
 

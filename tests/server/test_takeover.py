@@ -168,16 +168,6 @@ async def test_a_new_server_that_dies_before_it_serves_changes_nothing(
         assert await it.serves()
 
 
-async def test_only_one_takes_over_at_a_time(engines: tuple[str, str], tmp_path: Path) -> None:
-    async with place(engines, tmp_path) as it:
-        first = await it.inherit()
-        with pytest.raises(CommandError, match="does not hand over: another process is taking over from it just now"):
-            await it.inherit()
-        first.close()
-        await until(lambda: not it.doors[0]._tasks)
-        (await it.inherit()).close()
-
-
 async def test_a_server_that_stops_is_not_taken_over(engines: tuple[str, str], tmp_path: Path) -> None:
     async with place(engines, tmp_path) as it:
         slow = asyncio.get_running_loop().create_task(fetch(it.address, "/slow?500"))
@@ -190,31 +180,31 @@ async def test_a_server_that_stops_is_not_taken_over(engines: tuple[str, str], t
         await stopping
 
 
-@pytest.mark.parametrize(
-    ("addresses", "said"),
-    [
-        (ANYWHERE._replace(http=("127.0.0.1", 1)), r"--http is 127\.0\.0\.1:1, and that of the running server"),
-        (ANYWHERE._replace(http=("0.0.0.0", 0)), r"--http is 0\.0\.0\.0:0, and that of the running server"),
-        (ANYWHERE._replace(https=("127.0.0.1", 0)), r"--https is 127\.0\.0\.1:0, and that .* is nowhere: a takeover"),
-        (ANYWHERE._replace(quic=("::1", 0)), r"--quic is \[::1\]:0, and that .* is 127\.0\.0\.1:0: a takeover needs"),
-    ],
-    ids=["http", "host", "https", "quic"],
-)
-async def test_other_addresses_are_refused_and_both_are_named(
-    engines: tuple[str, str], tmp_path: Path, addresses: Addresses, said: str
+OTHERS = [
+    (ANYWHERE._replace(http=("127.0.0.1", 1)), 1, r"--http is 127\.0\.0\.1:1, and that of the running server"),
+    (ANYWHERE._replace(http=("0.0.0.0", 0)), 1, r"--http is 0\.0\.0\.0:0, and that of the running server"),
+    (ANYWHERE._replace(https=("127.0.0.1", 0)), 1, r"--https is 127\.0\.0\.1:0, and that .* is nowhere: a takeover"),
+    (ANYWHERE._replace(quic=("::1", 0)), 1, r"--quic is \[::1\]:0, and that .* is 127\.0\.0\.1:0: a takeover needs"),
+    (ANYWHERE, 2, "the running server has 1 worker, and this one is to have 2 workers"),
+]
+"addresses, workers, and what is said of them"
+
+
+async def test_what_is_not_the_same_server_is_refused_and_both_are_named(
+    engines: tuple[str, str], tmp_path: Path
 ) -> None:
     async with place(engines, tmp_path) as it:
-        with pytest.raises(CommandError, match=said):
-            await it.inherit(addresses)
+        for addresses, workers, said in OTHERS:
+            with pytest.raises(CommandError, match=said):
+                await it.inherit(addresses, workers)
         exactly = Addresses(it.address, None, it.ends.server.quic_address)
-        (await it.inherit(exactly)).close()
+        first = await it.inherit(exactly)
+        with pytest.raises(CommandError, match="does not hand over: another process is taking over from it just now"):
+            await it.inherit()
+        first.close()
+        await until(lambda: not it.doors[0]._tasks)
+        (await it.inherit()).close()
         assert await it.serves()
-
-
-async def test_another_number_of_workers_is_refused(engines: tuple[str, str], tmp_path: Path) -> None:
-    async with place(engines, tmp_path) as it:
-        with pytest.raises(CommandError, match="the running server has 1 worker, and this one is to have 2 workers"):
-            await it.inherit(workers=2)
 
 
 async def test_a_server_of_a_version_that_cannot_is_refused(tmp_path: Path) -> None:
