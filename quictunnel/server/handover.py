@@ -82,6 +82,7 @@ class Handover:
                 return
             handshakes = server.links.let_go(ours)
             let_go = True
+            logger.info("= another process takes the links over")
             server.gate.drain_all(again=True)
             await self._tell(conversation, handshakes)
             if await _says(conversation, "serving"):

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import signal
 import threading
 from collections.abc import Iterator
 
@@ -186,3 +187,23 @@ def served(tunnel: Tunnel) -> bool:
         return visit(tunnel.address, limit=3.0).status == 200
     except OSError:
         return False
+
+
+@pytest.mark.slow
+def test_a_successor_that_is_killed_while_it_waits_for_clients_changes_nothing(
+    engine: str, processes: Processes
+) -> None:
+    with RawBackend(answer()) as backend:
+        tunnel = processes.tunnel(backend.target, (engine, engine))
+        old, client = tunnel.server.process, tunnel.client.process
+        client.signal(signal.SIGSTOP)  # so that it does not come at once
+        new = successor(processes, tunnel, engine=engine)
+        old.said("another process takes the links over")
+        new.kill()
+        client.signal(signal.SIGCONT)
+        old.said("has gone before it served: going on without it")
+        poll(lambda: served(tunnel), 15.0)
+        assert all(visit(tunnel.address).status == 200 for _ in range(10))
+        assert successor(processes, tunnel, engine=engine).ready()
+        assert visit(tunnel.address).status == 200
+        assert old.exited() == 0
