@@ -114,14 +114,14 @@ def _serve(settings: ServeSettings, again: Callable[[], ServeSettings]) -> int:
     return _run_logged(lambda settings: serve(settings, again), settings)
 
 
-def _connect(settings: ConnectSettings) -> int:
+def _connect(settings: ConnectSettings, again: Callable[[], ConnectSettings]) -> int:
     if settings.processes.highest > 1:
         from quictunnel.app.pool import connect_processes
 
-        return _fork_logged(connect_processes, settings)
+        return _fork_logged(lambda settings, run: connect_processes(settings, again, run), settings)
     from quictunnel.app.connect import connect
 
-    return _run_logged(connect, settings)
+    return _run_logged(lambda settings: connect(settings, again), settings)
 
 
 def _demo(settings: DemoSettings) -> int:
@@ -346,7 +346,7 @@ _COMMANDS: Final[Mapping[str, _Command | _Group]] = {
         "take visitors' requests in and hand them to the clients of their tunnels",
         reads_again=True,
     ),
-    "connect": _Command(ConnectSettings, _connect, "expose a local web application through a server"),
+    "connect": _Command(ConnectSettings, _connect, "expose a local web application through a server", reads_again=True),
     "demo": _Command(DemoSettings, _demo, "try it: server, client and a small backend together"),
     "certs": _Group(
         {

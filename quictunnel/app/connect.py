@@ -1,37 +1,44 @@
 """``quictunnel connect``: finds out whom to trust, opens the backend, keeps the session alive until told to stop."""
 
 import asyncio
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Final, NamedTuple
 
 from loguru import logger
 
+from quictunnel import log
 from quictunnel.app.gauge import Gauge
-from quictunnel.app.process import calm_collector, choose_engine, raise_file_limit, say, stop_signals
+from quictunnel.app.process import calm_collector, choose_engine, hang_up, raise_file_limit, say, stop_signals
+from quictunnel.app.reload import check_log, differences, flags, told
 from quictunnel.app.supervise import Hopeless, Parent
 from quictunnel.client.agent import Agent, AgentConfig, FinalRefusal
 from quictunnel.client.choose import open_backend
 from quictunnel.client.fan_out import Backend, FanOut, host_rule
 from quictunnel.client.health import HealthCheck, HealthRules
 from quictunnel.client.reach import Place
-from quictunnel.options import CommandError
-from quictunnel.settings import ConnectSettings
+from quictunnel.options import CommandError, UsageError
+from quictunnel.settings import ConnectSettings, LogSettings
 from quictunnel.trust.certificates import load_authorities
-from quictunnel.trust.files import read_bounded
+from quictunnel.trust.files import TrustError, read_bounded
 from quictunnel.trust.join import LOCAL_JOIN, TEXT_LIMIT, JoinString
 from quictunnel.values import Address
 from quictunnel.wire.control import CONNECT_CAPABILITY, Welcome
 from quictunnel.wire.credit import WindowBudget
 
-__all__ = ["agent_config", "connect", "health_check", "named_backend", "serve_session"]
+__all__ = ["agent_config", "connect", "health_check", "named_backend", "renewed", "serve_session"]
 
 
-async def connect(settings: ConnectSettings, parent: Parent | None = None) -> int:
+async def connect(
+    settings: ConnectSettings, again: Callable[[], ConnectSettings] | None = None, parent: Parent | None = None
+) -> int:
     """Serve the backend through a server; the exit status. Raises CommandError, OSError and TrustError at the start.
 
-    With a ``parent`` it is one of several processes, and tells it what it would have printed, and how busy it is.
+    ``again`` reads the settings anew, for SIGHUP, and raises UsageError. With a ``parent`` it is one of several
+    processes, and tells it what it would have printed, and how busy it is.
     """
     engine = choose_engine(settings.engine)
     raise_file_limit()
@@ -46,8 +53,9 @@ async def connect(settings: ConnectSettings, parent: Parent | None = None) -> in
     health = health_check(settings, backend)
     agent = Agent(config, engine, fan_out, budget=budget, health=health, on_welcome=announce)
     gauge = nullcontext() if parent is None else Gauge(parent, lambda: fan_out.count)
+    renewal = _Renewal(settings, again or (lambda: settings), agent, backend, log_shared=parent is not None)
     try:
-        with stop_signals(parent) as stopped, gauge:
+        with stop_signals(parent) as stopped, gauge, hang_up(renewal.renew):
             calm_collector()
             await serve_session(agent, stopped, settings.grace)
     except FinalRefusal as refusal:
@@ -55,6 +63,81 @@ async def connect(settings: ConnectSettings, parent: Parent | None = None) -> in
     finally:
         await _close(backend, settings.grace)
     return 0
+
+
+# What a running client can change: what it says to its server, and which one that is.
+_LIVE: Final = frozenset(
+    {
+        "ca",
+        "health_fall",
+        "health_interval",
+        "health_path",
+        "health_rise",
+        "health_timeout",
+        "host",
+        "join",
+        "log_file",
+        "log_format",
+        "log_level",
+        "max_links",
+        "server",
+        "server_name",
+        "sticky",
+        "token",
+        "weight",
+    }
+)
+
+
+class Renewed(NamedTuple):
+    """What is to be gone on with, which options are others than before, and which would be after a restart."""
+
+    settings: ConnectSettings
+    changed: set[str]
+    fixed: set[str]
+
+
+def renewed(before: ConnectSettings, found: ConnectSettings) -> Renewed:
+    """What a running client takes of settings that were read anew."""
+    fixed, changed = differences(before, found, _LIVE)
+    return Renewed(found.model_copy(update={name: getattr(before, name) for name in fixed}), changed, fixed)
+
+
+class _Renewal:
+    """Changes a running client at SIGHUP: all is read before anything is changed."""
+
+    def __init__(
+        self,
+        settings: ConnectSettings,
+        again: Callable[[], ConnectSettings],
+        agent: Agent,
+        backend: Backend,
+        *,
+        log_shared: bool,
+    ) -> None:
+        self._settings = settings
+        self._again = again
+        self._agent = agent
+        self._backend = backend
+        self._log_shared = log_shared
+
+    def renew(self) -> None:
+        before = self._settings
+        try:
+            found = self._again()
+            settings, changed, fixed = renewed(before, found)
+            check_log(settings)
+            config = agent_config(settings)
+        except (CommandError, UsageError, TrustError, ValueError, OSError) as error:
+            logger.error("not reloaded, all stays as it was: {}", told(error))
+            return
+        if changed & set(LogSettings.model_fields):
+            log.set_up(settings.log_level, settings.log_format, settings.log_file, shared=self._log_shared)
+        self._settings = settings
+        self._agent.reconfigure(config, health_check(settings, self._backend))
+        logger.info("= reloaded; {}", f"changed: {flags(changed)}" if changed else "no option has changed")
+        if fixed:
+            logger.warning("these need a restart: {}", flags(fixed))
 
 
 async def named_backend(settings: ConnectSettings, budget: WindowBudget) -> Backend:

@@ -7,15 +7,18 @@ only looks: it starts and ends them as ``scaling`` decides, and replaces those t
 import gc
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
 from loguru import logger
 
-from quictunnel.app.connect import connect
+from quictunnel.app.connect import connect, renewed
 from quictunnel.app.gauge import REPORT_TIME
 from quictunnel.app.process import choose_engine, say
 from quictunnel.app.scaling import Sample, Scaling
 from quictunnel.app.supervise import Message, Parent, Supervisor, one_of_many
+from quictunnel.options import UsageError
 from quictunnel.settings import ConnectSettings
 
 __all__ = ["connect_processes"]
@@ -29,18 +32,21 @@ _STOP_MARGIN: Final = 10.0
 Run = Callable[[Coroutine[Any, Any, int]], int]
 
 
-def connect_processes(settings: ConnectSettings, run: Run) -> int:
-    """Serve the backend by several processes; the exit status. ``run`` runs a coroutine in an event loop of its own.
+def connect_processes(settings: ConnectSettings, again: Callable[[], ConnectSettings], run: Run) -> int:
+    """Serve the backend by several processes; the exit status.
+
+    ``again`` reads the settings anew and raises UsageError; ``run`` runs a coroutine in an event loop of its own.
 
     Raises CommandError for what none of them can do.
     """
-    return _Pool(settings, run).run()
+    return _Pool(settings, again, run).run()
 
 
 class _Pool:
-    def __init__(self, settings: ConnectSettings, run: Run) -> None:
+    def __init__(self, settings: ConnectSettings, again: Callable[[], ConnectSettings], run: Run) -> None:
         choose_engine(settings.engine)  # once, for all that are forked
         self._settings = settings
+        self._again = again
         self._run = run
         self._scaling = Scaling(*settings.processes)
         self._supervisor = Supervisor(
@@ -48,6 +54,7 @@ class _Pool:
             word="client",
             on_message=self._message,
             on_tick=self._look,
+            on_hangup=self._renew,
             tick=REPORT_TIME,
             stop_time=settings.grace + _STOP_MARGIN,
         )
@@ -70,7 +77,18 @@ class _Pool:
             self._supervisor.start(index)
 
     def _child(self, index: int, parent: Parent) -> int:
-        return one_of_many(lambda: self._run(connect(self._settings, parent)), others_work=self._announced)
+        work = partial(connect, self._settings, self._read_again, parent)
+        return one_of_many(lambda: self._run(work()), others_work=self._announced)
+
+    def _read_again(self) -> ConnectSettings:
+        """The settings as a child is to have them. Raises UsageError."""
+        found = self._again()
+        return found if found.tunnel is not None else found.model_copy(update={"tunnel": self._settings.tunnel})
+
+    def _renew(self) -> None:
+        """Children read the settings for themselves; those that are started later are to have the new ones too."""
+        with suppress(UsageError):  # which the children say
+            self._settings = renewed(self._settings, self._read_again()).settings
 
     def _message(self, index: int, message: Message) -> None:
         match message:

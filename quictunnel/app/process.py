@@ -4,14 +4,14 @@ import asyncio
 import gc
 import resource
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from quictunnel.app.supervise import Parent
 from quictunnel.options import CommandError
 from quictunnel.quic.engine import Engine, select_engine
 
-__all__ = ["calm_collector", "choose_engine", "raise_file_limit", "say", "stop_signals"]
+__all__ = ["calm_collector", "choose_engine", "hang_up", "raise_file_limit", "say", "stop_signals"]
 
 
 def choose_engine(name: str) -> Engine:
@@ -50,6 +50,17 @@ def stop_signals(parent: Parent | None = None) -> Iterator[asyncio.Event]:
         yield event
     finally:
         forget()
+
+
+@contextmanager
+def hang_up(act: Callable[[], None]) -> Iterator[None]:
+    """Let SIGHUP do this."""
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, act)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
 
 
 def say(line: str) -> None:

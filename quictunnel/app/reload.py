@@ -6,7 +6,7 @@ on as it was.
 
 import os
 from collections.abc import Callable, Collection
-from typing import Final
+from typing import Final, TypeVar
 
 from loguru import logger
 
@@ -21,7 +21,9 @@ from quictunnel.settings import LogSettings, ServeSettings
 from quictunnel.trust.files import TrustError
 from quictunnel.trust.tokens import TokenStore
 
-__all__ = ["Reloader", "logs_requests", "server_config"]
+__all__ = ["Reloader", "check_log", "differences", "flags", "logs_requests", "server_config", "told"]
+
+S = TypeVar("S", bound=LogSettings)
 
 _LIVE: Final = frozenset(
     {
@@ -93,13 +95,13 @@ class Reloader:
         before = self.settings
         try:
             found = self._again()
-            fixed, changed = _differences(before, found)
+            fixed, changed = differences(before, found, _LIVE)
             settings = found.model_copy(update={name: getattr(before, name) for name in fixed})
-            _check_log(settings)
+            check_log(settings)
             identity = identity_of(settings, settings.quic[0])
             self._server.reconfigure(server_config(settings, identity, self._worker))
         except (UsageError, TrustError, ValueError, OSError) as error:
-            logger.error("not reloaded, all stays as it was: {}", _told(error))
+            logger.error("not reloaded, all stays as it was: {}", told(error))
             return
         if changed & set(LogSettings.model_fields):
             log.set_up(settings.log_level, settings.log_format, settings.log_file, shared=self._log_shared)
@@ -110,9 +112,9 @@ class Reloader:
             logger.error("{}", error)
         told_anew = "advertise" in changed or identity.pin != self._identity.pin
         self.settings, self._identity = settings, identity
-        logger.info("= reloaded; {}", f"changed: {_flags(changed)}" if changed else "no option has changed")
+        logger.info("= reloaded; {}", f"changed: {flags(changed)}" if changed else "no option has changed")
         if fixed:
-            logger.warning("these need a new process (quictunnel serve --takeover): {}", _flags(fixed))
+            logger.warning("these need a new process (quictunnel serve --takeover): {}", flags(fixed))
         if told_anew:
             self._announce(settings, identity)
 
@@ -123,7 +125,7 @@ class Reloader:
             self._server.reconfigure(server_config(self.settings, identity, self._worker))
             self._identity = identity
         except (OSError, ValueError, TrustError) as error:
-            logger.error("cannot renew the server certificate: {}", _told(error))
+            logger.error("cannot renew the server certificate: {}", told(error))
 
 
 def server_config(settings: ServeSettings, identity: Identity, worker: int = 0) -> ServerConfig:
@@ -168,23 +170,23 @@ def logs_requests(settings: LogSettings) -> bool:
     return settings.log_level in ("trace", "debug", "info")
 
 
-def _differences(before: ServeSettings, found: ServeSettings) -> tuple[set[str], set[str]]:
-    """The options that differ and cannot be changed, and those that can."""
-    names = {name for name in ServeSettings.model_fields if getattr(before, name) != getattr(found, name)}
+def differences(before: S, found: S, live: frozenset[str]) -> tuple[set[str], set[str]]:
+    """The options that differ and cannot be changed, and those that can, the ``live`` ones."""
+    names = {name for name in type(before).model_fields if getattr(before, name) != getattr(found, name)}
     names -= _OF_THE_START
-    return names - _LIVE, names & _LIVE
+    return names - live, names & live
 
 
-def _check_log(settings: LogSettings) -> None:
+def check_log(settings: LogSettings) -> None:
     """Whether the log can be written, before the present one is closed. Raises OSError."""
     if settings.log_file is not None:
         settings.log_file.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(settings.log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 
-def _flags(names: Collection[str]) -> str:
+def flags(names: Collection[str]) -> str:
     return ", ".join(sorted(map(flag_name, names)))
 
 
-def _told(error: Exception) -> str:
+def told(error: Exception) -> str:
     return reason(error) if isinstance(error, OSError) else str(error)

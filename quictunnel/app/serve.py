@@ -1,9 +1,7 @@
 """``quictunnel serve``: makes on its first run what it needs, serves, and stops without cutting anybody off."""
 
 import asyncio
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -12,7 +10,7 @@ from loguru import logger
 
 from quictunnel import __version__
 from quictunnel.app.identity import WILDCARDS, Identity, identity_of, outward_address
-from quictunnel.app.process import calm_collector, choose_engine, raise_file_limit, say, stop_signals
+from quictunnel.app.process import calm_collector, choose_engine, hang_up, raise_file_limit, say, stop_signals
 from quictunnel.app.reload import Reloader, logs_requests, server_config
 from quictunnel.app.supervise import Parent
 from quictunnel.app.takeover import Addresses, Inherited, take_over
@@ -82,7 +80,7 @@ async def serve(
     )  # fmt: skip
     # Only now: what cannot be is found out before anything of a running server is touched.
     inherited = _inherit(settings, worker) if settings.takeover else None
-    with stop_signals(parent) as stopped, _hang_up(reloader.reload), quiet_names():
+    with stop_signals(parent) as stopped, hang_up(reloader.reload), quiet_names():
         if inherited is not None:
             try:
                 await inherited.begin(server)
@@ -116,17 +114,6 @@ async def serve(
             server.close()
             await settle()
     return 0
-
-
-@contextmanager
-def _hang_up(act: Callable[[], None]) -> Iterator[None]:
-    """Let SIGHUP do this."""
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGHUP, act)
-    try:
-        yield
-    finally:
-        loop.remove_signal_handler(signal.SIGHUP)
 
 
 async def _clients_back(server: Server, stopped: asyncio.Event) -> None:

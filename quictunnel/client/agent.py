@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Final
+from math import inf
+from typing import Final, NamedTuple
 
 from loguru import logger
 
@@ -138,6 +139,13 @@ class AgentConfig:
         return [Place(self.host, self.port, self.server_name), *self.others]
 
 
+class _Before(NamedTuple):
+    config: AgentConfig
+    session: str
+    authority: bytes | None
+    at: int
+
+
 class Agent(LinkOwner):
     """One session of a tunnel."""
 
@@ -166,6 +174,7 @@ class Agent(LinkOwner):
         # Who knows this id is this session: it replaces its own ghost by it, so it is as good as a secret.
         self._session = secrets.token_urlsafe(24)
         self._authority = config.authority
+        self._before: _Before | None = None  # what to go back to until other options are welcomed
         self._keepers: dict[Link, Keeper] = {}  # of every link that was welcomed and is not closed
         self._slots: dict[Slot, Keeper] = {}  # who has it, good or not
         self._watchers: dict[Slot, asyncio.Task[None]] = {}
@@ -218,6 +227,45 @@ class Agent(LinkOwner):
         self._check_health(None)
         deadline = asyncio.get_running_loop().time() + grace
         await asyncio.gather(*(keeper.part(deadline) for keeper in list(self._keepers.values())))
+
+    def reconfigure(self, config: AgentConfig, health: HealthCheck | None) -> None:
+        """Go on by another configuration, with nothing lost: a session of its own is begun, this one's links drain.
+
+        If the server will never have it, the error is logged and all goes on as before.
+        """
+        if self._stopping:
+            return
+        if health is None:
+            self._say_health(True, "")
+        self._health = health
+        self._check_health(health)
+        if config == self._config:
+            return
+        if self._before is None and self.serving:
+            self._before = _Before(self._config, self._session, self._authority, self._at)
+        if (config.authority, config.pin) != (self._config.authority, self._config.pin):
+            self._authority = config.authority
+            self._tickets.clear()
+        if config.places != self._config.places:
+            self._at = 0
+        self._config = config
+        self._session = secrets.token_urlsafe(24)
+        self._untrusted.clear()
+        for keeper in self._keepers.values():
+            keeper.leaving = keeper.outdated = True
+            keeper.look()
+
+    def _revert(self, refusal: FinalRefusal) -> bool:
+        """Take back what the server refuses, if there is something to go back to."""
+        before, self._before = self._before, None
+        if before is None or not self._keepers:
+            return False
+        logger.error("= the server refuses the new options, the old ones stay: {}", refusal)
+        self._config, self._session, self._authority, self._at = before
+        self._tickets.clear()
+        for keeper in self._keepers.values():
+            keeper.leaving, keeper.outdated = keeper.link.draining, False
+        return True
 
     # The backend's health
 
@@ -291,8 +339,9 @@ class Agent(LinkOwner):
                 drained += 1
                 if drained % len(self._config.places) == 0:  # all of them, if there are several
                     await self._wait(max(drains.delay(), QUICK_RETRY / 2), error)
-            except FinalRefusal:
-                raise
+            except FinalRefusal as refusal:
+                if not self._revert(refusal):
+                    raise
             except Exception as error:
                 # A fault of ours must not do what no network can: end the client.
                 logger.opt(exception=error).error("link {}: {!r}", slot.number, error)
@@ -325,6 +374,7 @@ class Agent(LinkOwner):
         way, place = await self._reach(slot, healed, alone)
         if way is None:
             return None
+        session = self._session
         try:
             welcome = await self._introduce(way.link, slot)
         except BaseException as error:
@@ -335,6 +385,10 @@ class Agent(LinkOwner):
                 self._go_on_from(place)
             raise
         keeper = Keeper(way, place, Slot(welcome.worker, slot.number))
+        if session != self._session:
+            keeper.leaving = keeper.outdated = True  # other options have come meanwhile
+        else:
+            self._before = None
         self._welcome(keeper, welcome)
         return keeper
 
@@ -596,6 +650,7 @@ class Agent(LinkOwner):
             self._look_at_unwanted()
         if self._unwell is not None:
             keeper.link.send_control(self._unwell)
+        self._part_outdated()
         if not self.serving:
             self._announce_when_whole(welcome)
         for message in self._early.pop(keeper.link, ()):
@@ -635,11 +690,19 @@ class Agent(LinkOwner):
             keeper.leaving = True
             keeper.look()
 
+    def _part_outdated(self) -> None:
+        """Now that others take their place: links of other options finish what is under way on them."""
+        for keeper in list(self._keepers.values()):
+            if keeper.outdated and not keeper.parting and self._group is not None and self._is_served():
+                self._group.create_task(keeper.part(inf))
+
     def _refused(self, link: Link, refuse: Refuse) -> None:
+        keeper = self._keepers.get(link)
+        was_left = keeper is not None and keeper.outdated
         logger.error("= the server ended the session: {}", _line(refuse.text))
         # Its last word, whatever it adds: a server may say it as often as it likes.
         link.close()
-        if refuse.final and self._group is not None and not self._stopping:
+        if refuse.final and not was_left and self._group is not None and not self._stopping:
             self._stopping = True
             self._group.create_task(self._give_up(_final(refuse)))
 

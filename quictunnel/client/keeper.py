@@ -59,6 +59,9 @@ class Keeper:
         self.leaving = False
         "whether another is to take its place though nothing is wrong with it: an end of it drains"
 
+        self.outdated = False
+        "whether other options than its hello said are to count now"
+
         self.parting = False
         "whether it is only to finish what is under way on it"
 

@@ -234,3 +234,26 @@ def test_two_clients_share_a_tunnel_and_one_leaves_unnoticed(engine: str, proces
         stopping.join(20)
         assert set(statuses) == {200}
         assert visit(server.http).body == b"two"
+
+
+@pytest.mark.parametrize("processes_of_it", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_hang_up_has_a_client_read_its_options_again(processes: Processes, processes_of_it: int) -> None:
+    config = processes.directory / f"client-{processes_of_it}.toml"
+    config.write_text("[connect]\n")
+    with RawBackend(answer()) as backend:
+        options = ("--config", str(config), "--processes", str(processes_of_it))
+        tunnel = processes.tunnel(backend.target, connect=options)
+        client, log = tunnel.client.process, tunnel.server.process
+        log.said(rf"session {processes_of_it} serves tunnel app")
+        config.write_text('[connect]\nweight = 7\nhost-header = "backend"\n')
+        client.signal(signal.SIGHUP)
+        client.said(r"= reloaded; changed: --weight\b")
+        client.said(r"these need a restart: --host-header\b")
+        log.said(rf"session {2 * processes_of_it} serves tunnel app")
+        poll(lambda: log.log.count(" ended after ") == processes_of_it, what="the old sessions' end")
+        assert serves(tunnel.address)()
+        config.write_text("[connect]\nweight = 0\n")
+        client.signal(signal.SIGHUP)
+        client.said(r"not reloaded, all stays as it was: .*weight: 0: the number must be 1\.\.1000")
+        assert serves(tunnel.address)()
+        assert client.output.count("ready ") == 1

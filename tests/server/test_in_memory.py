@@ -4,6 +4,7 @@ import asyncio
 import errno
 import hashlib
 import itertools
+import socket
 import ssl
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
@@ -497,6 +498,23 @@ def test_client_serves_again_within_a_second_or_two_of_its_server(on_each: Play,
         await ends.serve()
         assert await ends.until(lambda: ends.server.registry.sessions(), 10) < 1.2
         assert (await ends.visited()).status == 200
+
+    on_each(scenario)
+
+
+def test_name_that_cannot_be_resolved_is_asked_for_until_it_can(on_each: Play) -> None:
+    async def scenario(ends: Ends) -> None:
+        resolve = ends.loop.getaddrinfo
+
+        async def fails(host: object, port: object, **options: object) -> object:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+        ends.loop.getaddrinfo = fails  # type: ignore[method-assign]
+        agent = ends.connect()
+        await asyncio.sleep(100)
+        assert not agent.serving
+        ends.loop.getaddrinfo = resolve  # type: ignore[method-assign]
+        assert await ends.until(lambda: agent.serving, 20) < 1.1
 
     on_each(scenario)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -345,6 +346,82 @@ def test_request_that_has_not_come_whole_when_the_grace_is_over_was_not_accepted
         assert set(codes) == {ErrorCode.NOT_ACCEPTED}
         assert len(backend.requests) == 1
         assert backend.requests[0].error is not None
+
+    alone(scenario)
+
+
+# Other options for a running client
+
+
+def test_other_options_are_said_on_new_links_while_the_old_ones_finish(alone: Play, engine: str) -> None:
+    async def scenario(ends: Ends) -> None:
+        server = await HostileServer(ends, engine).start()
+        backend = Backend(None)
+        agent = await ends.connected(backend)
+        (old,) = server.links
+        server.write(old, -1, GET, True)
+        await ends.until(lambda: backend.requests)
+        agent.reconfigure(replace(ends.config(), weight=5, hosts=("app.example.com",)), None)
+        await ends.until(lambda: len(server.hellos) == 2, 1)
+        first, second = server.hellos
+        assert (first.weight, second.weight, second.hosts) == (1, 5, ["app.example.com"])
+        assert second.session != first.session  # so that a server need not change what it has
+        await ends.until(lambda: Drain() in server.messages)
+        old.send_control(Drained(1))
+        await asyncio.sleep(10)
+        assert old.closed is None
+        backend.answer_all()
+        await ends.until(lambda: old.closed, 2)
+        assert agent.serving
+        assert open_links(server) == [server.links[1]]
+
+    alone(scenario)
+
+
+def test_options_that_are_the_same_change_nothing(alone: Play, engine: str) -> None:
+    async def scenario(ends: Ends) -> None:
+        server = await HostileServer(ends, engine).start()
+        agent = await ends.connected()
+        agent.reconfigure(ends.config(), None)
+        await asyncio.sleep(10)
+        assert len(server.hellos) == 1
+
+    alone(scenario)
+
+
+def test_options_that_the_server_refuses_are_taken_back(alone: Play, engine: str) -> None:
+    async def scenario(ends: Ends) -> None:
+        server = await HostileServer(ends, engine).start()
+        agent = await ends.connected()
+        server.on_hello = lambda link, hello: link.send_control(Refuse("token_scope", "not this host"))
+        agent.reconfigure(replace(ends.config(), hosts=("other.example.com",)), None)
+        await ends.until(lambda: len(server.hellos) == 2, 1)
+        await asyncio.sleep(10)
+        assert agent.serving
+        assert open_links(server)[0] is server.links[0]
+        assert len(server.hellos) == 2
+        assert Drain() not in server.messages
+        server.on_hello = lambda link, hello: link.send_control(Welcome("app"))
+        server.links[0].close()
+        await ends.until(lambda: len(server.hellos) == 3, 2)
+        assert server.hellos[2] == server.hellos[0]
+
+    alone(scenario)
+
+
+def test_other_server_is_gone_to_and_the_old_one_left_when_it_is_reached(alone: Play, engine: str) -> None:
+    async def scenario(ends: Ends) -> None:
+        two = await Two(ends, engine).start()
+        agent = await ends.connected()
+        second = ends.network.endpoints.pop(("127.0.0.1", two.others[0].port))
+        agent.reconfigure(replace(ends.config(), port=two.others[0].port), None)
+        await asyncio.sleep(10)
+        assert agent.serving
+        assert len(open_links(two.first)) == 1
+        ends.network.endpoints[("127.0.0.1", two.others[0].port)] = second
+        await ends.until(lambda: two.second.hellos, 2)
+        await ends.until(lambda: not open_links(two.first), 5)
+        assert agent.serving
 
     alone(scenario)
 

@@ -343,9 +343,9 @@ class Ends:
 
     # Clients
 
-    def connect(self, backend: Backend | None = None, *, health: HealthCheck | None = None, **options: Any) -> Agent:
-        """Start a client; ``options`` are those of AgentConfig."""
-        config = AgentConfig(
+    def config(self) -> AgentConfig:
+        """What a client is told."""
+        return AgentConfig(
             host="127.0.0.1",
             port=self._port,
             server_name="127.0.0.1",
@@ -353,7 +353,10 @@ class Ends:
             tunnel="app",
             authority=self._authority,
         )
-        agent = Agent(replace(config, **options), self._engines[1], FanOut(backend or Backend()), health=health)
+
+    def connect(self, backend: Backend | None = None, *, health: HealthCheck | None = None, **options: Any) -> Agent:
+        """Start a client; ``options`` are those of AgentConfig."""
+        agent = Agent(replace(self.config(), **options), self._engines[1], FanOut(backend or Backend()), health=health)
         self._agents[agent] = self.loop.create_task(agent.run())
         return agent
 
