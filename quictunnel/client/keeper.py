@@ -35,7 +35,9 @@ QUIET_ROUNDS: Final = 3
 
 MOVE_AFTER: Final = 1.2
 MOVE_EVERY: Final = 2.0
-"seconds: of silence with a fast ping missing after which a link goes on over another socket, and then again"
+TROUBLED_MOVE_EVERY: Final = 1.0
+"""seconds: of silence with a fast ping missing after which a link goes on over another socket, and then again, sooner
+if its packets cannot leave. Not oftener: qh3's server follows a connection to three other addresses and no further."""
 
 
 class Slot(NamedTuple):
@@ -199,7 +201,7 @@ class Keeper:
                 self.healed.set_result(None)
 
     def _must_move(self) -> bool:
-        if self._loop.time() - self._moved_at < (MOVE_EVERY if not self._has_trouble else FAST_PING_EVERY):
+        if self._loop.time() - self._moved_at < (MOVE_EVERY if not self._has_trouble else TROUBLED_MOVE_EVERY):
             return False
         if self._has_trouble:
             return True

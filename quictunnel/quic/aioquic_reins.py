@@ -17,6 +17,10 @@ _HOLES_LIMIT: Final = 32 * 1024 * 1024
 _FRAGMENTS_LIMIT: Final = 1024
 
 
+_NEW_PATH_PACKETS: Final = 4
+"that may be sent on a new path whatever was under way on the old one"
+
+
 class ReinedConnection(QuicConnection):
     """aioquic's connection without the room that it gives to strangers.
 
@@ -62,6 +66,17 @@ class ReinedConnection(QuicConnection):
                 frame_type=frame_type,
                 reason_phrase="too much came out of order",
             )
+
+    def path_changed(self) -> None:
+        """Forget of congestion what the old path has taught (RFC 9000 section 9.4).
+
+        What was under way there fills the window, and probes come ever more seldom: not even a ping would leave.
+        """
+        recovery = self._loss
+        recovery._pto_count = 0
+        recovery._cc.congestion_window = max(
+            recovery.congestion_window, recovery.bytes_in_flight + _NEW_PATH_PACKETS * self._max_datagram_size
+        )
 
     def get_send_buffer_size(self, stream_id: int | None = None) -> int:
         """What qh3 has by the same name."""

@@ -121,7 +121,7 @@ class Way:
             self._close()
             return
         logger.debug("= {!r} goes on over another socket to {}", self.link, self.endpoint)
-        self.link.ping()
+        self.link.path_changed()
 
     def _received(self, data: bytes, by: DatagramSocket) -> None:
         self.heard = True
@@ -200,8 +200,7 @@ async def dial(
     """Open a link to a server's address and verify it, within ``timeout`` seconds. Raises DialError.
 
     ``worker`` is which of how many processes of the server is meant, None for any; ``tickets`` make further handshakes
-    with it cheap. ``on_way`` is called with the way as
-    soon as it is begun on.
+    with it cheap. ``on_way`` is called with the way as soon as it is begun on.
     """
     loop = asyncio.get_running_loop()
     way = Way(endpoint)
@@ -214,11 +213,14 @@ async def dial(
         key = (endpoint, worker, trust)
         keep = partial(tickets.keep, key)
         connection = engine.dial(trust, DATAGRAM_SIZE, worker, ticket=tickets.find(key), on_ticket=keep)
+    try:
+        await way.open()
+    except DialError as error:
+        raise DialError(f"{endpoint}: {error}") from None
     link = way.link = Link(engine, connection, way.send, waiter, budget, is_client=True)
     link.on_terminated = way.terminated
     way.on_trouble = lambda: waiter.fail(DialError("there is no route to it"))
     try:
-        await way.open()
         on_way(way)
         link.connect(endpoint.address)
         async with asyncio.timeout(timeout):

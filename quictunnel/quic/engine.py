@@ -186,6 +186,11 @@ class Engine:
         allowed: int = getattr(connection, name)
         return allowed
 
+    def path_changed(self, connection: Connection) -> None:
+        """``connection``, a client's, goes on from another address: qh3 finds its feet by itself."""
+        if self.name == "aioquic":
+            connection.path_changed()  # type: ignore[attr-defined]
+
     def _configuration(self, **options: Any) -> Any:
         return self.configuration(
             alpn_protocols=[ALPN],

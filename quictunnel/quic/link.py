@@ -294,6 +294,12 @@ class Link:
         for leg in [leg for leg, since in self._stalled.items() if since < late]:
             leg.stalled_too_long()
 
+    def path_changed(self) -> None:
+        """This end sends from another address than before: ask whether it is heard there."""
+        if self.closed is None:
+            self.engine.path_changed(self._connection)
+            self.ping()
+
     def ping(self) -> None:
         """Ask for a sign of life; ``round_trip`` and ``heard_at`` change when it comes."""
         if self.closed is not None or not self.ready:

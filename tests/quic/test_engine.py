@@ -171,6 +171,33 @@ def test_qh3_server_still_needs_a_retry() -> None:
     assert run(handshake_time(needs_retry=True)) < 0.1
 
 
+@pytest.mark.parametrize("server", ["aioquic", "qh3"])
+def test_server_follows_a_client_to_other_addresses(server: str) -> None:
+    """qh3's to three and no further, so a link ends there; when this fails for it, it has been mended."""
+    if find_spec(server) is None:
+        pytest.skip(f"{server} is not installed")
+
+    async def work() -> int:
+        network = Network(server, "aioquic")
+        client, _ = await network.joined()
+        for count in range(1, 9):
+            await asyncio.sleep(1)
+            address = ("10.0.1.1", 60_000 + count)
+            network.clients = {address: client}
+            client._send = lambda data, _, source=address: network._carry(  # type: ignore[misc]
+                data, True, network.listener.datagram_received, source
+            )
+            heard = client.heard_at
+            client.ping()
+            await asyncio.sleep(1)
+            if client.heard_at == heard:
+                break
+        await network.close()
+        return count
+
+    assert run(work()) == (4 if server == "qh3" else 8)
+
+
 def test_aioquic_server_needs_no_retry() -> None:
     assert not select_engine("aioquic").needs_retry
 

@@ -398,6 +398,27 @@ def test_nat_that_forgets_again_and_again_costs_no_request(on_all: Play) -> None
     on_all(scenario)
 
 
+def test_client_without_a_route_tries_again_and_makes_no_fuss(
+    on_each: Play, monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
+) -> None:
+    connect = socket.socket.connect
+
+    def unreachable(sock: socket.socket, address: object) -> None:
+        raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+    async def scenario(ends: Ends) -> None:
+        monkeypatch.setattr(socket.socket, "connect", unreachable)
+        agent = ends.connect()
+        await asyncio.sleep(10)
+        assert not agent.serving
+        monkeypatch.setattr(socket.socket, "connect", connect)
+        assert await ends.until(lambda: agent.serving) < 1.1
+
+    on_each(scenario)
+    assert [line for line in log_lines if "cannot send there: Network is unreachable" in line]
+    assert not [line for line in log_lines if line.startswith("ERROR")]
+
+
 def test_first_route_that_is_dead_is_given_up_at_once(on_each: Play) -> None:
     async def scenario(ends: Ends) -> None:
         ends.network.lose = lambda source, destination: True

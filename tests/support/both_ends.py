@@ -4,7 +4,7 @@ import asyncio
 import gc
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -123,16 +123,25 @@ def _streams(connection: Any) -> int:
 
 @asynccontextmanager
 async def both_ends(
-    engines: tuple[str, str], directory: Path, backend: Any, *, registry: RegistryLimits | None = None
+    engines: tuple[str, str],
+    directory: Path,
+    backend: Any,
+    *,
+    registry: RegistryLimits | None = None,
+    links_at: str = "127.0.0.1",
+    links_in: AbstractContextManager[object] | None = None,
 ) -> AsyncIterator[BothEnds]:
-    """Both ends, before ``backend`` or, if it is a number, an HTTP/1.1 backend on that port."""
+    """Both ends, before ``backend`` or, if it is a number, an HTTP/1.1 backend on that port.
+
+    The server's socket for links is bound to ``links_at``, within ``links_in``.
+    """
     tokens = TokenStore(directory)
     tokens.load()
     secret = tokens.create(["app"], None, datetime.now(UTC)).secret
     files, authority = identity()
     config = ServerConfig(
         ("127.0.0.1", 0),
-        ("127.0.0.1", 0),
+        (links_at, 0),
         "localhost",
         files,
         authority.decode(),
@@ -144,12 +153,14 @@ async def both_ends(
         return Server(config, select_engine(engines[0]), tokens, Owners(directory), access)
 
     server = make_server()
-    await server.start()
+    with links_in or nullcontext():
+        await server.start_links()
+    await server.start_visitors()
     if isinstance(backend, int):
         backend = Origin("127.0.0.1", backend)
     if isinstance(backend, AsgiBackend | TransportBackend):
         await backend.start()
-    whom = AgentConfig("127.0.0.1", server.quic_address[1], "127.0.0.1", secret, "app", authority)
+    whom = AgentConfig(links_at, server.quic_address[1], "127.0.0.1", secret, "app", authority)
     agent = Agent(whom, select_engine(engines[1]), FanOut(backend))
     running = asyncio.get_running_loop().create_task(agent.run())
     try:

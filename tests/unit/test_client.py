@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
+from quictunnel.app import connect as module
 from quictunnel.app.connect import agent_config
 from quictunnel.client.agent import AgentConfig
 from quictunnel.client.fan_out import FanOut, host_rule
@@ -193,3 +194,12 @@ def test_authority_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "ca.pem").write_text("nothing")
     with pytest.raises(TrustError):
         config(tmp_path, token="qtk_id_secret", ca=tmp_path / "ca.pem")
+
+
+def test_every_option_that_is_said_to_change_live_exists_and_the_others_are_known() -> None:
+    """Whoever adds an option decides here whether a running client can change it."""
+    fields = {name for name in ConnectSettings.model_fields if not name.startswith("backend")}
+    assert fields >= module._LIVE
+    fixed = fields - module._LIVE - {"config"}
+    words = {"allow_connect", "engine", "grace", "host_header", "processes", "state_dir", "tunnel", "window_budget"}
+    assert fixed == words
