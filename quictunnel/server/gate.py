@@ -278,13 +278,12 @@ class Gate(LinkOwner):
 
     def _drain(self, link: Link) -> None:
         session: Session | None = link.session
-        link.draining = True
         # What has been given a slot opens its stream first: the client counts on every stream being in the number.
         link.flush()
         link.send_control(Drained(link.opened))
         if session is not None:
-            session.tunnel.sessions_changed()
             logger.info("session {} of tunnel {}: the client drains a link", session.number, session.tunnel.name)
+        self._registry.drain(link)
 
     def _health(self, link: Link, health: Health) -> None:
         session: Session | None = link.session

@@ -185,8 +185,8 @@ class Session:
             self.close_if_done(link)
 
     def close_if_done(self, link: Link) -> None:
-        """Close a lingering link whose last exchange is over."""
-        if link in self.lingering and not link.active:
+        """Close a link that takes nothing new when its last exchange is over."""
+        if link.draining and not link.active:
             link.close(ErrorCode.NO_ERROR, "no longer needed")
 
     def _say(self, message: Grow) -> None:
@@ -398,6 +398,7 @@ class Registry:
             tunnel.sessions[session_id] = session
             tunnel.lost_at = None
             tunnel.sessions_changed()
+        session.wanted_links = max(session.wanted_links, index + 1)  # as at the server before this one
         replaced = session.links.get(index)
         session.links[index] = link
         link.session = session
@@ -432,6 +433,14 @@ class Registry:
         tunnel.sessions_changed()
         if not tunnel.sessions:
             tunnel.lost_at = now
+
+    def drain(self, link: Link) -> None:
+        """The client takes nothing new on the link: it ends with the last exchange on it."""
+        link.draining = True
+        session: Session | None = link.session
+        if session is not None:
+            session.tunnel.sessions_changed()
+            session.close_if_done(link)
 
     def health(self, session: Session, healthy: bool, text: str) -> None:
         """What its client's checks of the backend say."""
@@ -552,7 +561,7 @@ class Registry:
         tunnel = session.tunnel
         if tunnel.sessions.get(session.id) is session:
             tunnel.changed(session)
-        if session.lingering:
+        if link.draining:
             session.close_if_done(link)
         if tunnel.waiting:
             self.serve_waiting(tunnel, now)

@@ -173,7 +173,7 @@ def test_qh3_server_still_needs_a_retry() -> None:
 
 @pytest.mark.parametrize("server", ["aioquic", "qh3"])
 def test_server_follows_a_client_to_other_addresses(server: str) -> None:
-    """qh3's to three and no further, so a link ends there; when this fails for it, it has been mended."""
+    """qh3's to three and no further; when this fails for it, ``Engine.address_changes`` is not needed any more."""
     if find_spec(server) is None:
         pytest.skip(f"{server} is not installed")
 

@@ -15,7 +15,6 @@ from tests.support.clock import run
 from tests.support.crowd import until
 from tests.support.door import STRANGER, Door, at_door, first_flight, is_retry
 from tests.support.memory import SERVER, Network, identity
-from tests.support.relay import UdpRelay
 
 # Address validation
 
@@ -388,34 +387,6 @@ async def test_server_knows_by_its_next_datagram_that_a_client_was_killed(engine
     listener.close()
     for client in clients:
         client.drop()
-    await network.close()
-
-
-async def test_only_qh3_takes_no_packets_from_a_fifth_address(engine: str) -> None:
-    """Should this fail for qh3, ``Engine.address_changes`` is not needed any more."""
-    network = Network(engine, engine)
-    chosen = select_engine(engine)
-    listener = LinkListener(chosen, identity()[0], network.server_owner, network.server_budget)
-    _, port = await listener.start("127.0.0.1", 0)
-    with UdpRelay(port) as relay:
-        host, _, relayed = relay.address.partition(":")
-        trust = ClientTrust("localhost", identity()[1])
-        (server, *_) = await resolve(host, int(relayed), 5)
-        way = await dial(network.client_engine, server, trust, network.client_owner, network.client_budget, timeout=5)
-        await until(lambda: network.server_owner.links)
-        changes = 0
-        while changes < 6:
-            relay.rebind()
-            way.link.round_trip = None
-            way.link.ping()
-            try:
-                await until(lambda: way.link.round_trip is not None, 1.0)
-            except AssertionError:
-                break
-            changes += 1
-        assert changes == (chosen.address_changes or 6)
-        way.drop()
-    listener.close()
     await network.close()
 
 
