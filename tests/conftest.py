@@ -10,11 +10,22 @@ import pytest
 from hypothesis import settings
 from loguru import logger
 
+from tests.support.processes import start_all_cold
+
 ENGINES = ("aioquic", "qh3")
 
 # How long an example takes depends on what else the machine does.
 settings.register_profile("quictunnel", deadline=None)
 settings.load_profile("quictunnel")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cold", action="store_true", help="start every process afresh instead of forking it")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("cold"):
+        start_all_cold()
 
 
 def _engine(*names: str) -> object:
