@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import itertools
 import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -71,10 +72,18 @@ def engines(request: pytest.FixtureRequest) -> tuple[str, str]:
     return server, client
 
 
+@pytest.fixture(scope="session")
+def homes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Names of directories that are not there yet, without a search for the next free number among thousands."""
+    above = tmp_path_factory.mktemp("homes")
+    return (above / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(homes: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty home directory, and no option set from outside: tests must not depend on whose machine it is."""
-    directory = tmp_path_factory.mktemp("home")
+    directory = next(homes)
+    directory.mkdir()
     for name in list(os.environ):
         if name.startswith(("QUICTUNNEL_", "XDG_")):
             monkeypatch.delenv(name)
@@ -82,19 +91,34 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     return directory
 
 
+class _Sink:
+    """Where all that is logged goes. To add it anew for each test would take longer than most tests."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self._number = -1
+
+    def fresh(self) -> list[str]:
+        """The lines from now on."""
+        self.lines = []
+        # A test may have set up the log anew, and so removed this sink already.
+        if set(logger._core.handlers) != {self._number}:  # type: ignore[attr-defined]
+            logger.remove()
+            self._number = logger.add(self._write, level="TRACE", format="{level} {message}")
+        logger.enable("quictunnel")
+        return self.lines
+
+    def _write(self, message: object) -> None:
+        self.lines.append(str(message).rstrip("\n"))
+
+
+_sink = _Sink()
+
+
 @pytest.fixture(autouse=True)
-def log_lines() -> Iterator[list[str]]:
+def log_lines() -> list[str]:
     """What is logged, as ``LEVEL message``; nothing goes to the terminal."""
-    lines: list[str] = []
-    logger.remove()
-    logger.enable("quictunnel")
-    sink = logger.add(
-        lambda message: lines.append(str(message).rstrip("\n")), level="TRACE", format="{level} {message}"
-    )
-    yield lines
-    # A test may have set up the log anew, and so removed this sink already.
-    if sink in logger._core.handlers:  # type: ignore[attr-defined]
-        logger.remove(sink)
+    return _sink.fresh()
 
 
 @pytest.fixture

@@ -39,13 +39,20 @@ def start_all_cold() -> None:
     _warm_wanted = False
 
 
+def _base_env() -> dict[str, str]:
+    """What every process has of this one's environment."""
+    left_out = ("QUICTUNNEL_", "XDG_", "PYTHONDONTWRITEBYTECODE")  # the last: or each would compile everything
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
+    return kept | {"PYTHONPATH": str(ROOT)}
+
+
 def _warm_for(env: Mapping[str, str]) -> Warm | None:
     """What forks a process with that environment, if anything can."""
     global _warm
     if not _warm_wanted:
         return None
     if _warm is None:
-        _warm = Warm(env)
+        _warm = Warm(_base_env())
         atexit.register(_warm.close)
     return _warm if _warm.suits(env) else None
 
@@ -266,9 +273,7 @@ class Processes:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self._cold = cold
-        left_out = ("QUICTUNNEL_", "XDG_", "PYTHONDONTWRITEBYTECODE")  # the last: or each would compile everything
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(left_out)}
-        self.env = kept | {"HOME": str(directory), "PYTHONPATH": str(ROOT)} | dict(env or {})
+        self.env = _base_env() | {"HOME": str(directory)} | dict(env or {})
         self._count = 0
         self._stack = ExitStack()
 
