@@ -39,7 +39,7 @@ def _engine(*names: str) -> object:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of a test marked ``either``, let each case run on one engine or mix only, in turns; its other runs are slow."""
-    turns: dict[str, int] = {}
+    turns: dict[object, int] = {}
     choices: dict[str, list[object]] = {"engine": [*ENGINES], "engines": [(a, b) for a in ENGINES for b in ENGINES]}
     for item in items:
         parameters = getattr(item, "callspec", None)
@@ -50,8 +50,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         )
         if item.get_closest_marker("either") is None or not chosen:
             continue
-        others = [f"{name}={value!r}" for name, value in sorted(parameters.params.items()) if name not in choices]
-        case = f"{item.nodeid.partition('[')[0]} {others}"
+        # By identity: the values may have megabytes, and are the same objects in all of a case's runs.
+        others = tuple((name, id(value)) for name, value in sorted(parameters.params.items()) if name not in choices)
+        case = (item.nodeid.partition("[")[0], others)
         turn = turns.setdefault(case, len(turns))
         if any(value != choices[name][turn % len(choices[name])] for name, value in chosen.items()):
             item.add_marker(pytest.mark.slow)
