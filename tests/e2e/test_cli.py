@@ -4,7 +4,6 @@ import json
 import re
 import socket
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,6 @@ from tests.support.visits import RawVisitor, visit
 pytestmark = pytest.mark.either
 
 ANYWHERE = ("--http", "127.0.0.1:0", "--quic", "127.0.0.1:0")
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    with Processes(tmp_path_factory.mktemp("processes")) as processes:
-        yield processes
 
 
 @pytest.fixture(scope="module")
