@@ -4,7 +4,6 @@ import json
 import re
 import socket
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,6 @@ from tests.support.visits import RawVisitor, visit
 pytestmark = pytest.mark.either
 
 ANYWHERE = ("--http", "127.0.0.1:0", "--quic", "127.0.0.1:0")
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    with Processes(tmp_path_factory.mktemp("processes")) as processes:
-        yield processes
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +55,9 @@ def test_status_shows_who_serves_and_says_when_nobody_is_there(processes: Proces
 # Starting, and not.
 
 
-def test_demo_once_succeeds(engine: str, processes: Processes) -> None:
-    result = processes.run("demo", "--once", "--http", "127.0.0.1:0", "--engine", engine)
+def test_demo_once_succeeds(engine: str, tmp_path: Path) -> None:
+    with Processes(tmp_path, cold=True) as processes:
+        result = processes.run("demo", "--once", "--http", "127.0.0.1:0", "--engine", engine)
     assert result.status == 0, result
     assert "50 of 50 went through" in result.stdout
     assert re.search(r"public URL +http://demo\.localhost:\d+", result.stdout)
@@ -95,7 +89,7 @@ def test_demo_takes_another_port_when_the_default_is_taken(processes: Processes)
 
 
 def test_first_run_needs_nothing_and_keeps_what_it_makes(engine: str, tmp_path: Path) -> None:
-    with Processes(tmp_path / "home") as processes:
+    with Processes(tmp_path / "home", cold=True) as processes:
         server = processes.start("serve", *ANYWHERE, "--engine", engine)
         facts = server.ready()
         assert set(facts) >= {"http", "quic", "domain", "engine"}

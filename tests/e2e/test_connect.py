@@ -53,12 +53,6 @@ def backend() -> Iterator[RawBackend]:
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    with Processes(tmp_path_factory.mktemp("processes")) as processes:
-        yield processes
-
-
-@pytest.fixture(scope="module")
 def tunnel(processes: Processes, backend: RawBackend) -> Tunnel:
     return processes.tunnel(backend.target, connect=("--allow-connect",))
 

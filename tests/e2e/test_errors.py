@@ -28,19 +28,6 @@ TIMES = ("--backend-connect-time", "500ms", "--backend-head-time", "500ms")
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    with Processes(tmp_path_factory.mktemp("processes")) as processes:
-        yield processes
-
-
-@pytest.fixture(scope="module")
-def raw() -> Iterator[RawBackend]:
-    """A backend whose handler each test sets."""
-    with RawBackend(echo) as backend:
-        yield backend
-
-
-@pytest.fixture(scope="module")
 def servers(processes: Processes) -> Callable[[str], Server]:
     """A running server of an engine, with small limits; the tests of this file share it."""
     made: dict[str, Server] = {}

@@ -17,19 +17,6 @@ pytestmark = pytest.mark.either
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    with Processes(tmp_path_factory.mktemp("processes")) as processes:
-        yield processes
-
-
-@pytest.fixture(scope="module")
-def raw() -> Iterator[RawBackend]:
-    """A backend whose handler each test sets."""
-    with RawBackend(echo) as backend:
-        yield backend
-
-
-@pytest.fixture(scope="module")
 def tunnels(processes: Processes) -> Callable[[str, str], Tunnel]:
     """A tunnel of an engine to a backend; the tests of this file share them."""
     servers: dict[str, Server] = {}

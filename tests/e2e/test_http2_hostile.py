@@ -45,12 +45,6 @@ EIGHT = bytes(8)
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    with Processes(tmp_path_factory.mktemp("processes")) as processes:
-        yield processes
-
-
-@pytest.fixture(scope="module")
 def raw() -> Iterator[RawBackend]:
     with RawBackend(echo) as backend:
         yield backend

@@ -287,12 +287,6 @@ def by_http2(
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    with Processes(tmp_path_factory.mktemp("processes")) as processes:
-        yield processes
-
-
-@pytest.fixture(scope="module")
 def backends() -> Iterator[dict[str, str]]:
     """The BACKEND argument for each kind."""
     with RawBackend(http1) as one, RawBackend(http2) as two:

@@ -26,19 +26,6 @@ HTTPS = ("--https", "127.0.0.1:0")
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    with Processes(tmp_path_factory.mktemp("processes")) as processes:
-        yield processes
-
-
-@pytest.fixture(scope="module")
-def raw() -> Iterator[RawBackend]:
-    """A backend whose handler each test sets."""
-    with RawBackend(echo) as backend:
-        yield backend
-
-
-@pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory, raw: RawBackend) -> Iterator[Callable[[str, str], Tunnel]]:
     """A tunnel ``app`` to ``raw`` of an engine, on an event loop of that name; the tests of this file share it."""
     with ExitStack() as stack:

@@ -5,7 +5,7 @@ import ipaddress
 import re
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,12 +29,6 @@ pytestmark = pytest.mark.either
 
 BACKEND = "127.0.0.1:9"
 "never asked"
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    with Processes(tmp_path_factory.mktemp("processes")) as processes:
-        yield processes
 
 
 @pytest.fixture(scope="module")

@@ -23,21 +23,8 @@ SLOTS = 100
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    with Processes(tmp_path_factory.mktemp("processes")) as processes:
-        yield processes
-
-
-@pytest.fixture(scope="module")
 def httpbin() -> Iterator[HttpbinBackend]:
     with HttpbinBackend() as backend:
-        yield backend
-
-
-@pytest.fixture(scope="module")
-def raw() -> Iterator[RawBackend]:
-    """A backend whose handler each test sets."""
-    with RawBackend(echo) as backend:
         yield backend
 
 

@@ -44,21 +44,8 @@ TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    with Processes(tmp_path_factory.mktemp("processes")) as processes:
-        yield processes
-
-
-@pytest.fixture(scope="module")
 def websockets() -> Iterator[WebSocketBackend]:
     with WebSocketBackend() as backend:
-        yield backend
-
-
-@pytest.fixture(scope="module")
-def raw() -> Iterator[RawBackend]:
-    """A backend whose handler each test sets."""
-    with RawBackend(echo) as backend:
         yield backend
 
 

@@ -14,7 +14,7 @@ from quictunnel.wire.credit import INITIAL_WINDOW
 from quictunnel.wire.errors import ErrorCode, TunnelError
 from quictunnel.wire.frames import Data, End, Frame, RequestHead, ResponseHead
 from tests.support.clock import run
-from tests.support.memory import PAIRS, Network, Recorder, opened
+from tests.support.memory import Network, Recorder, opened
 
 pytestmark = pytest.mark.either
 
@@ -25,13 +25,13 @@ OK = ResponseHead(200, [(b"set-cookie", b"a=1"), (b"set-cookie", b"b=2")])
 Scenario = Callable[[Network, Link, Link], Awaitable[None]]
 
 
-@pytest.fixture(params=PAIRS, ids=lambda pair: f"{pair[0]}-server-{pair[1]}-client")
-def play(request: pytest.FixtureRequest) -> Callable[[Scenario], None]:
+@pytest.fixture
+def play(engines: tuple[str, str]) -> Callable[[Scenario], None]:
     """Runs a scenario on a link that is ready."""
 
     def play(scenario: Scenario) -> None:
         async def work() -> None:
-            network = Network(*request.param)
+            network = Network(*engines)
             client, server = await network.joined()
             try:
                 await scenario(network, client, server)
@@ -262,10 +262,9 @@ def test_a_lossy_path_loses_nothing(play: Callable[[Scenario], None]) -> None:
     play(scenario)
 
 
-@pytest.mark.parametrize(("server", "client"), PAIRS)
-def test_a_certificate_of_another_authority_is_refused(server: str, client: str) -> None:
+def test_a_certificate_of_another_authority_is_refused(engines: tuple[str, str]) -> None:
     async def work() -> None:
-        network = Network(server, client)
+        network = Network(*engines)
         link = network.dial(ClientTrust("elsewhere.example", network.authority))
         await network.until(lambda: bool(network.client_owner.closed))
         assert 0x100 <= network.client_owner.closed[0].code < 0x200
@@ -276,10 +275,9 @@ def test_a_certificate_of_another_authority_is_refused(server: str, client: str)
 
 
 @pytest.mark.parametrize("retry", ["auto", "always"])
-@pytest.mark.parametrize(("server", "client"), PAIRS)
-def test_many_clients_at_once_all_get_in(server: str, client: str, retry: str) -> None:
+def test_many_clients_at_once_all_get_in(engines: tuple[str, str], retry: str) -> None:
     async def work() -> None:
-        network = Network(server, client, retry=retry)
+        network = Network(*engines, retry=retry)
         links = [network.dial() for _ in range(100)]
         await network.until(lambda: all(link.ready for link in links))
         await network.close()
@@ -287,10 +285,9 @@ def test_many_clients_at_once_all_get_in(server: str, client: str, retry: str) -
     run(work())
 
 
-@pytest.mark.parametrize(("server", "client"), PAIRS)
-def test_a_handshake_without_a_hello_is_ended(server: str, client: str) -> None:
+def test_a_handshake_without_a_hello_is_ended(engines: tuple[str, str]) -> None:
     async def work() -> None:
-        network = Network(server, client)
+        network = Network(*engines)
         network.listener._sweep()
         link = network.dial()
         await network.until(lambda: link.ready)

@@ -1,5 +1,9 @@
-"""The command line as users run it: ``python -m quictunnel …`` in processes of their own, ended for certain."""
+"""The command line as users run it: ``python -m quictunnel …`` in processes of their own, ended for certain.
 
+Most are forked from an interpreter that has loaded everything (``warm``); ``pytest --cold`` starts each afresh.
+"""
+
+import atexit
 import os
 import re
 import signal
@@ -15,14 +19,42 @@ from types import TracebackType
 from typing import TypeVar
 
 from quictunnel.trust.tokens import TokenStore
+from tests.support.warm import Forked, Warm
 
-__all__ = ["ROOT", "Client", "Process", "Processes", "Server", "Tunnel", "free_udp_port", "poll"]
+__all__ = ["ROOT", "Client", "Process", "Processes", "Server", "Tunnel", "free_udp_port", "poll", "start_all_cold"]
 
 ROOT = Path(__file__).parents[2]
 START_TIME = 15.0
 STOP_TIME = 15.0
 
 T = TypeVar("T")
+
+_warm: Warm | None = None
+_warm_wanted = True
+
+
+def start_all_cold() -> None:
+    """From now on, start every process as a user does, with its imports."""
+    global _warm_wanted
+    _warm_wanted = False
+
+
+def _base_env() -> dict[str, str]:
+    """What every process has of this one's environment."""
+    left_out = ("QUICTUNNEL_", "XDG_", "PYTHONDONTWRITEBYTECODE")  # the last: or each would compile everything
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
+    return kept | {"PYTHONPATH": str(ROOT)}
+
+
+def _warm_for(env: Mapping[str, str]) -> Warm | None:
+    """What forks a process with that environment, if anything can."""
+    global _warm
+    if not _warm_wanted:
+        return None
+    if _warm is None:
+        _warm = Warm(_base_env())
+        atexit.register(_warm.close)
+    return _warm if _warm.suits(env) else None
 
 
 def poll(question: Callable[[], T], limit: float = 10.0, what: str = "") -> T:
@@ -47,11 +79,18 @@ def free_udp_port() -> int:
 class Process:
     """One running command; its standard output and its log are files."""
 
-    def __init__(self, directory: Path, number: int, args: tuple[str, ...], env: Mapping[str, str]) -> None:
+    def __init__(
+        self, directory: Path, number: int, args: tuple[str, ...], env: Mapping[str, str], *, cold: bool = False
+    ) -> None:
         self.args = args
         self._out = directory / f"{number}.out"
         self._err = directory / f"{number}.err"
+        self.popen: subprocess.Popen[bytes] | Forked
+        warm = None if cold else _warm_for(env)
         with self._out.open("wb") as out, self._err.open("wb") as err:
+            if warm is not None:
+                self.popen = warm.start(args, out, err, env, directory)
+                return
             self.popen = subprocess.Popen(
                 [sys.executable, "-W", "error", "-m", "quictunnel", *args],
                 stdin=subprocess.DEVNULL,
@@ -229,11 +268,12 @@ class Tunnel:
 class Processes:
     """Starts commands, each with the same empty home; none outlives the ``with`` block."""
 
-    def __init__(self, directory: Path, env: Mapping[str, str] | None = None) -> None:
+    def __init__(self, directory: Path, env: Mapping[str, str] | None = None, *, cold: bool = False) -> None:
+        """``cold``: each loads its modules itself, as when a user starts it."""
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("QUICTUNNEL_", "XDG_"))}
-        self.env = kept | {"HOME": str(directory), "PYTHONPATH": str(ROOT)} | dict(env or {})
+        self._cold = cold
+        self.env = _base_env() | {"HOME": str(directory)} | dict(env or {})
         self._count = 0
         self._stack = ExitStack()
 
@@ -246,7 +286,7 @@ class Processes:
     def start(self, *args: str, env: Mapping[str, str] | None = None) -> Process:
         """Start ``quictunnel ARGS``."""
         self._count += 1
-        process = Process(self.directory, self._count, args, self.env | dict(env or {}))
+        process = Process(self.directory, self._count, args, self.env | dict(env or {}), cold=self._cold)
         self._stack.callback(process.kill)
         return process
 

@@ -235,10 +235,10 @@ def test_head_that_comes_byte_by_byte_costs_no_more_than_its_bytes() -> None:
     def seconds(size: int) -> float:
         data = push_varint(FrameType.HEADERS) + push_varint(size) + bytes(size)
         decoder = StreamDecoder(is_request=False, head_limit=1 << 18)
-        began = time.perf_counter()
+        began = time.thread_time()
         for at in range(len(data) - 1):
             decoder.feed(data[at : at + 1], False)
-        return time.perf_counter() - began
+        return time.thread_time() - began
 
     # Eight times the bytes: 64 times the work if each byte copied what is there.
     assert min(seconds(1 << 18) for _ in range(2)) < 24 * min(seconds(1 << 15) for _ in range(3))

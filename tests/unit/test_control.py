@@ -144,14 +144,14 @@ def test_message_that_comes_byte_by_byte_costs_no_more_than_its_bytes() -> None:
     def seconds(size: int) -> float:
         data = frame(b" " * size)
         decoder = ControlDecoder()
-        began = time.perf_counter()
+        began = time.thread_time()
         for at in range(len(data) - 1):
             decoder.feed(data[at : at + 1])
         assert len(decoder._buffer) == len(data) - 1
-        return time.perf_counter() - began
+        return time.thread_time() - began
 
     # Sixteen times the bytes: 256 times the work if each byte copied what is there.
-    assert min(seconds(1 << 16) for _ in range(2)) < 64 * min(seconds(1 << 12) for _ in range(3))
+    assert min(seconds(1 << 16) for _ in range(3)) < 64 * min(seconds(1 << 12) for _ in range(9))
 
 
 @pytest.mark.parametrize("text", ['{"type":"grow","links":2}', '{"type":"dance"}'])
