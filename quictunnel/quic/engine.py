@@ -2,7 +2,7 @@
 
 aioquic and its fork qh3 have the same shape (feed a datagram, take events, take datagrams, ask for a timer),
 different classes, and a few habits that differ. ``Engine`` is what both are to the rest of this package. Only public
-names are used, with two exceptions that give their reasons: ``Engine.streams_allowed`` and ``aioquic_reins``.
+names are used, with exceptions that give their reasons: ``Engine.streams_allowed``, ``aioquic_reins``, ``qh3_reins``.
 
 Only the library that is used is imported, for each takes a fifth of a second; a listener wants ``first_packets`` too.
 """
@@ -214,7 +214,7 @@ def select_engine(name: str) -> Engine:
             f"the QUIC engine {name} is not installed: pip install 'quictunnel[fast]', or use --engine aioquic"
         )
     connection = import_module(f"{name}.quic.connection")
-    reined = import_module("quictunnel.quic.aioquic_reins").ReinedConnection if name == "aioquic" else None
+    reined = import_module(f"quictunnel.quic.{name}_reins").ReinedConnection
     return Engine(
         name=name,
         # qh3 2.1 counts what it received from an unvalidated address too low, and fails in its first flight to a
@@ -231,7 +231,7 @@ def select_engine(name: str) -> Engine:
         # qh3 2.1 drops what comes from a fifth address. tests/quic shows it.
         address_changes=3 if name == "qh3" else None,
         sends_before_events=name == "qh3",
-        connection=reined or connection.QuicConnection,
+        connection=reined,
         connection_error=connection.QuicConnectionError,
         configuration=import_module(f"{name}.quic.configuration").QuicConfiguration,
         events=import_module(f"{name}.quic.events"),
