@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 from urllib.parse import parse_qs, urlsplit
 
@@ -143,21 +144,24 @@ class NonceBackend:
         self.ledger = ledger
         self.name = name
         self.port = 0
-        self.connections: set[asyncio.Transport] = set()
+        self.target = ""
+        "the BACKEND argument for it"
 
-    @property
-    def target(self) -> str:
-        """The BACKEND argument for it."""
-        return f"http://127.0.0.1:{self.port}"
+        self.connections: set[asyncio.Transport] = set()
 
 
 @asynccontextmanager
-async def nonce_backend(ledger: Ledger, name: str = "one") -> AsyncIterator[NonceBackend]:
-    """A running backend that keeps ``ledger``."""
+async def nonce_backend(ledger: Ledger, name: str = "one", path: Path | None = None) -> AsyncIterator[NonceBackend]:
+    """A running backend that keeps ``ledger``, on a port of the loopback or on the unix socket ``path``."""
     backend = NonceBackend(ledger, name)
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: _Served(backend), "127.0.0.1", 0, backlog=2048)
-    backend.port = server.sockets[0].getsockname()[1]
+    if path is None:
+        server = await loop.create_server(lambda: _Served(backend), "127.0.0.1", 0, backlog=2048)
+        backend.port = server.sockets[0].getsockname()[1]
+        backend.target = f"http://127.0.0.1:{backend.port}"
+    else:
+        server = await loop.create_unix_server(lambda: _Served(backend), path, backlog=2048)
+        backend.target = f"unix:{path}"
     try:
         yield backend
     finally:
@@ -367,14 +371,12 @@ class Load:
         return self.records[mine:]
 
     async def in_turn(self, count: int, visitors: int) -> list[Record]:
-        """``visitors`` at once, each with one request after the other, ``count`` in all or until ``stop``."""
+        """``visitors`` at once, each with one request after the other, ``count`` in all."""
         left = iter(range(count))
         mine = len(self.records)
 
         async def visitor() -> None:
             for _ in left:
-                if self._stopped.is_set():
-                    return
                 await self._one(self._record(time.monotonic()))
 
         try:

@@ -80,19 +80,26 @@ class Process:
     """One running command; its standard output and its log are files."""
 
     def __init__(
-        self, directory: Path, number: int, args: tuple[str, ...], env: Mapping[str, str], *, cold: bool = False
+        self,
+        directory: Path,
+        number: int,
+        args: tuple[str, ...],
+        env: Mapping[str, str],
+        within: tuple[str, ...] = (),
+        *,
+        cold: bool = False,
     ) -> None:
         self.args = args
         self._out = directory / f"{number}.out"
         self._err = directory / f"{number}.err"
         self.popen: subprocess.Popen[bytes] | Forked
-        warm = None if cold else _warm_for(env)
+        warm = None if cold or within else _warm_for(env)
         with self._out.open("wb") as out, self._err.open("wb") as err:
             if warm is not None:
                 self.popen = warm.start(args, out, err, env, directory)
                 return
             self.popen = subprocess.Popen(
-                [sys.executable, "-W", "error", "-m", "quictunnel", *args],
+                [*within, sys.executable, "-W", "error", "-m", "quictunnel", *args],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -201,17 +208,20 @@ class Process:
 class Server:
     """``quictunnel serve`` on ports of its own, and what it printed."""
 
-    def __init__(self, processes: "Processes", args: tuple[str, ...], state: Path, quic_port: int) -> None:
+    def __init__(
+        self, processes: "Processes", args: tuple[str, ...], state: Path, quic_port: int, quic_host: str
+    ) -> None:
         self.processes = processes
         self.args = args
         self.state = state
         self._ports = (0, quic_port)
+        self._quic_host = quic_host
         self.start()
 
     def start(self) -> None:
         """Start it, or start it again on the same ports."""
         http, quic = self._ports
-        places = (f"127.0.0.1:{http}", f"127.0.0.1:{quic}")
+        places = (f"127.0.0.1:{http}", f"{self._quic_host}:{quic}")
         options = ("--http", places[0], "--quic", places[1], "--state-dir", str(self.state))
         self.process = self.processes.start("serve", *options, *self.args)
         self.facts = self.process.ready()
@@ -221,6 +231,16 @@ class Server:
         self._ports = (self.http[1], self.quic_port)
         found = re.search(r"--join (\S+)", line)
         self.join = found[1] if found else ""
+
+    def take_over(self) -> Process:
+        """Start a second process on the same ports, which takes over; the first, that has been told to leave."""
+        first = self.process
+        if "--takeover" not in self.args:
+            self.args = (*self.args, "--takeover")
+        self.start()
+        if first.running:
+            first.signal(signal.SIGTERM)
+        return first
 
     @property
     def log(self) -> str:
@@ -273,6 +293,9 @@ class Processes:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self._cold = cold
+        self.within: tuple[str, ...] = ()
+        "put before each command from now on"
+
         self.env = _base_env() | {"HOME": str(directory)} | dict(env or {})
         self._count = 0
         self._stack = ExitStack()
@@ -283,10 +306,11 @@ class Processes:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stack.close()
 
-    def start(self, *args: str, env: Mapping[str, str] | None = None) -> Process:
-        """Start ``quictunnel ARGS``."""
+    def start(self, *args: str, env: Mapping[str, str] | None = None, within: tuple[str, ...] | None = None) -> Process:
+        """Start ``quictunnel ARGS``; ``within`` is a command that becomes it, such as ``ip netns exec NAME``."""
         self._count += 1
-        process = Process(self.directory, self._count, args, self.env | dict(env or {}), cold=self._cold)
+        before = within or self.within
+        process = Process(self.directory, self._count, args, self.env | dict(env or {}), before, cold=self._cold)
         self._stack.callback(process.kill)
         return process
 
@@ -296,11 +320,18 @@ class Processes:
         status = process.exited(limit)
         return Result(status, process.output, process.log)
 
-    def server(self, *args: str, engine: str = "auto", state: Path | None = None, quic_port: int = 0) -> Server:
+    def server(
+        self,
+        *args: str,
+        engine: str = "auto",
+        state: Path | None = None,
+        quic_port: int = 0,
+        quic_host: str = "127.0.0.1",
+    ) -> Server:
         """Start a server and wait until it is ready."""
         self._count += 1
         state = state or self.directory / f"server-{self._count}"
-        return Server(self, ("--engine", engine, *args), state, quic_port)
+        return Server(self, ("--engine", engine, *args), state, quic_port, quic_host)
 
     def client(
         self, server: Server, backend: str, *args: str, tunnel: str = "app", engine: str = "auto", wait: bool = True
