@@ -19,6 +19,7 @@ def all_is_right(row: dict[str, Any]) -> None:
     assert (row["failed"], row["wrong"], row["damaged"], row["post_twice"], row["get_twice"]) == (0, 0, 0, 0, 0), row
 
 
+@pytest.mark.slow
 def test_packets_that_are_lost_repeated_reordered_and_damaged_change_no_request(
     engines: tuple[str, str], tmp_path: Path
 ) -> None:
