@@ -121,7 +121,7 @@ class Keeper:
         while link.closed is None:
             self._judge()
             if self._must_move():
-                await self._move()
+                self._move()
             await self._sleep()
         self.look()
 
@@ -209,10 +209,10 @@ class Keeper:
         # socket is none the better for it.
         return not self.link.refused and self.link.silent_for() >= MOVE_AFTER and len(self._missing()) > 1
 
-    async def _move(self) -> None:
+    def _move(self) -> None:
         self._moved_at = self._loop.time()
         self._has_trouble = False
         try:
-            await self.way.move()
+            self.way.move()
         except DialError as error:
             logger.debug("= link {} to the server has no other way: {}", self.slot.number, error)

@@ -96,7 +96,7 @@ class Way:
         """How many are open."""
         return (self._socket is not None) + (self._before is not None)
 
-    async def open(self) -> None:
+    def open(self) -> None:
         """Open a socket to the endpoint. Raises DialError."""
         sock = socket.socket(self.endpoint.family, socket.SOCK_DGRAM)
         try:
@@ -112,14 +112,11 @@ class Way:
             self._before.close()
         self._before, self._socket = self._socket, opened
 
-    async def move(self) -> None:
+    def move(self) -> None:
         """Go on over another socket. Raises DialError, and goes on over the old one."""
-        if self._is_over():
+        if self.link.terminated:
             return
-        await self.open()
-        if self._is_over():  # in the meantime
-            self._close()
-            return
+        self.open()
         logger.debug("= {!r} goes on over another socket to {}", self.link, self.endpoint)
         self.link.path_changed()
 
@@ -145,9 +142,6 @@ class Way:
     def send(self, data: bytes, address: Any) -> None:
         if self._socket is not None:
             self._socket.send(data, address)
-
-    def _is_over(self) -> bool:
-        return self.link.terminated
 
     def terminated(self, link: Link) -> None:
         self._close()
@@ -214,7 +208,7 @@ async def dial(
         keep = partial(tickets.keep, key)
         connection = engine.dial(trust, DATAGRAM_SIZE, worker, ticket=tickets.find(key), on_ticket=keep)
     try:
-        await way.open()
+        way.open()
     except DialError as error:
         raise DialError(f"{endpoint}: {error}") from None
     link = way.link = Link(engine, connection, way.send, waiter, budget, is_client=True)

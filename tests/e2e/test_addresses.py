@@ -73,13 +73,16 @@ async def test_answer_goes_on_over_one_socket_after_another(engines: tuple[str, 
         await until(lambda: visitor.size)
         ports = {ends.server.links.links[0].address}
         for _ in range(3):
-            await ends.agent._keepers[link].way.move()
+            ends.agent._keepers[link].way.move()
             await until(lambda: ends.server.links.links[0].address not in ports)
             ports.add(ends.server.links.links[0].address)
         assert await visitor.body() == CHUNK * 100
-        assert ends.agent.links == [link]
         assert len(ports) == 4
-        await until(lambda: ends.agent._keepers[link].way.sockets == 1)
+        # A server on qh3 asks for another link after the second change, and this one ends with its answer.
+        await until(lambda: len(ends.agent.links) == 1)
+        (last,) = ends.agent.links
+        assert (last is link) == (engines[0] == "aioquic")
+        await until(lambda: ends.agent._keepers[last].way.sockets == 1)
 
 
 # With addresses that really change
@@ -93,9 +96,9 @@ def cable(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Namespace, Namespac
     with two_namespaces() as (here, there):
         original = Way.open
 
-        async def open_there(way: Way) -> None:
+        def open_there(way: Way) -> None:
             with there.entered():
-                await original(way)
+                original(way)
 
         monkeypatch.setattr(Way, "open", open_there)
         yield here, there
@@ -124,7 +127,7 @@ async def test_answer_goes_on_when_the_client_has_another_address(
             cable[1].change_address()
             await asyncio.sleep(1.5)
         assert await visitor.body() == CHUNK * 120
-        assert ends.agent.links == links
+        assert engines[0] == "qh3" or ends.agent.links == links
         assert ends.server.links.links[0].address[0] == cable[1].address
         print(f"the longest gap in the answer: {visitor.gap:.2f} s")
         assert visitor.gap < 4
