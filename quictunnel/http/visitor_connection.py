@@ -61,8 +61,8 @@ class VisitorConnection(VisitorOutput):
         "_listener",
         "_opaque",
         "_opaque_ended",
-        "_opaque_size",
         "_parser",
+        "_passed",
         "_pending",
         "_reading",
         "_reading_to_end",
@@ -92,7 +92,7 @@ class VisitorConnection(VisitorOutput):
         self._departure: Departure | None = None  # of a visitor that half-closed
         self._opaque = False
         self._opaque_ended = False  # the peer has said its End
-        self._opaque_size = 0  # bytes that had passed when the time was last looked at
+        self._passed = 0  # bytes that had passed when the time was last looked at
 
         # the end
         self._lingering = False
@@ -469,6 +469,8 @@ class VisitorConnection(VisitorOutput):
             self._expire_goodbye()
         elif self._opaque:
             self._expire_opaque()
+        elif self._leg is not None and self._leg.bytes_out != self._passed:
+            self._watch_body()  # the answer goes on: the upload may be waiting for it
         elif self._leg is not None:
             self._refuse(TunnelError(ErrorCode.REQUEST_TIMEOUT, "The request's body stopped coming."))
         elif self._parser.in_head or self._unread:
@@ -494,18 +496,19 @@ class VisitorConnection(VisitorOutput):
 
     def _watch_body(self) -> None:
         self.deadline = inf if self._body_held else self._loop.time() + self._listener.limits.body_idle_time
+        self._passed = self._leg.bytes_out if self._leg is not None else 0
 
     def _watch_opaque(self) -> None:
         """One direction is closed: the other may not stay silent for ever."""
         if self._leg is not None:
             if self._eof:
                 self.watch_end(self._ended_unread, reset_only=True)
-            self._opaque_size = self._leg.bytes_in + self._leg.bytes_out
+            self._passed = self._leg.bytes_in + self._leg.bytes_out
             self.deadline = self._loop.time() + self._listener.limits.idle_time
 
     def _expire_opaque(self) -> None:
         leg = self._leg
-        if leg is not None and leg.bytes_in + leg.bytes_out == self._opaque_size:
+        if leg is not None and leg.bytes_in + leg.bytes_out == self._passed:
             leg.cancel(TunnelError(ErrorCode.CANCELLED, "The half-closed connection was silent for too long."))
             self._cut(leg)
         else:

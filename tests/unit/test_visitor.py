@@ -1053,6 +1053,20 @@ async def test_an_upload_that_stops_is_answered_408() -> None:
         assert [error.code for error in site.peer.errors] == [ErrorCode.REQUEST_TIMEOUT]
 
 
+async def test_an_upload_that_waits_for_the_answer_to_go_on_is_not_cut() -> None:
+    with edge(body_idle_time=7.0) as site:
+        connection, transport = site.connect()
+        connection.data_received(upload(10))
+        site.peer.peer.receive(ResponseHead(200, []))
+        for _ in range(3):
+            site.peer.peer.receive(Data(b"part"))
+            connection.expire(connection.deadline)
+            assert not transport.closed
+            assert not site.peer.errors
+        connection.expire(connection.deadline)
+        assert [error.code for error in site.peer.errors] == [ErrorCode.REQUEST_TIMEOUT]
+
+
 async def test_a_connection_has_an_idle_limit_after_an_answer_within_its_last_bytes() -> None:
     with edge() as site:
         site.on_open = lambda peer: setattr(peer, "on_frame", lambda frame: isinstance(frame, Data) and peer.reply())
