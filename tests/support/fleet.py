@@ -171,7 +171,7 @@ async def clients_leave(
                     status = await off(client.process.stop)
                     assert status == 0, client.log
                 await off(client.start)
-                await off(client.process.ready)
+                await off(client.process.ready, limit=60.0)
                 await asyncio.sleep(SETTLED)
 
         load = all_of_it.load(wait=lambda chance: chance.randrange(20), limit=limit)
@@ -227,7 +227,7 @@ async def nonces(
                 killed += 1
                 await asyncio.sleep(chance.uniform(0.0, 1.0))
                 await off(client.start)
-                await off(client.process.ready)
+                await off(client.process.ready, limit=60.0)
 
         load = all_of_it.load(
             size=lambda chance: chance.choice((0, 100, 3000, 30_000)),
