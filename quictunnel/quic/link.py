@@ -153,7 +153,7 @@ class Link:
         self._allowed = 0  # how many the peer allows, as far as we last looked
         self._starved = False  # it allowed no more when we did
         self.active = 0  # slots of ours in use
-        self.answered_at = self._loop.time()  # when the way of requests was last seen to be open
+        self.answered_at = self._loop.time()  # when the other end last took part in an exchange of ours
         self.ready = False
         self.resumed = False  # the handshake was that of an earlier link, by a ticket
         self.draining = False  # no new exchange may start on it
@@ -519,6 +519,7 @@ class Link:
     def _stream_data(self, stream_id: int, data: bytes, fin: bool) -> None:
         leg = self._legs.get(stream_id)
         if leg is not None:
+            self.answered_at = self.heard_at
             leg.data_received(data, fin)
         elif stream_id == 0:
             self._control(data, fin)
@@ -563,6 +564,7 @@ class Link:
             if type(message) is Credit:
                 leg = self._legs.get(message.stream)
                 if leg is not None:
+                    self.answered_at = self.heard_at
                     leg.credit_received(message.limit)
             elif self._too_many():
                 self.close(ErrorCode.FRAME_ERROR, "too many control messages")

@@ -21,6 +21,9 @@ DATAGRAM_SIZE: Final = 1200
 # window.
 _BUFFER_SIZE: Final = 4 * 1024 * 1024
 
+# SO_RCVBUFFORCE and SO_SNDBUFFORCE of Linux: beyond the limits, for root. The socket module does not name them.
+_FORCED: Final = {"SO_RCVBUF": 33, "SO_SNDBUF": 32} if sys.platform == "linux" else {}
+
 _LARGEST: Final = 65535
 "bytes of a datagram that are read; room that is not used costs nothing"
 
@@ -56,7 +59,7 @@ def enlarge_buffers(sock: socket.socket) -> None:
     small: list[str] = []
     least = _BUFFER_SIZE
     for option, limit in (("SO_RCVBUF", "net.core.rmem_max"), ("SO_SNDBUF", "net.core.wmem_max")):
-        force = getattr(socket, option + "FORCE", None)  # beyond the limit, for root
+        force = _FORCED.get(option)
         try:
             if force is None:
                 raise PermissionError

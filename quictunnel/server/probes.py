@@ -1,8 +1,8 @@
 """Probes: is the way of requests open? A link whose pings are answered may still serve nobody.
 
 A probe goes out as a request does, on a stream and in a slot of its own, and is answered by the client itself. What has
-just answered a request is not asked. A link that is heard but leaves a probe unanswered is dead where it matters: it
-is closed, its client dials another, and what it held is repeated where that is safe.
+just answered a request is not asked. A link that is heard, but on which nothing moves while a probe waits, is dead where
+it matters: it is closed, its client dials another, and what it held is repeated where that is safe.
 """
 
 from collections.abc import Callable
@@ -62,8 +62,10 @@ class Prober:
         for link, (since, leg) in list(self._asked.items()):
             if leg.ended or link.closed is not None:
                 del self._asked[link]
-            elif link.silent_for() > SUSPECT_AFTER:
-                self._asked[link] = (now, leg)  # a silent one is suspect, and may only be far away for a while
+            elif link.silent_for() > SUSPECT_AFTER or link.answered_at > since:
+                # A silent one is suspect, and may only be far away for a while. And where anything moves on other
+                # streams, the probe's packet was lost, or waits behind much else.
+                self._asked[link] = (now, leg)
             elif now - since > PROBE_TIME:
                 del self._asked[link]
                 link.close(ErrorCode.INTERNAL_ERROR, f"a probe of this link was not answered within {PROBE_TIME:g} s")

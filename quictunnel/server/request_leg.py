@@ -189,9 +189,7 @@ class RequestLeg(StreamLeg):
     def _head_received(self, head: RequestHead | ResponseHead) -> None:
         # What the visitor begins to get must be one answer.
         self._forget()
-        session, link = self.session, self.link
-        if link is not None:
-            link.answered_at = link.heard_at
+        session = self.session
         if session is not None and session.failures:
             session.works()
         StreamLeg._head_received(self, head)
