@@ -1,8 +1,8 @@
 """Probes: is the way of requests open? A link whose pings are answered may still serve nobody.
 
 A probe goes out as a request does, on a stream and in a slot of its own, and is answered by the client itself. What has
-just answered a request is not asked. A link that is heard, but on which nothing moves while a probe waits, is dead where
-it matters: it is closed, its client dials another, and what it held is repeated where that is safe.
+just answered a request is not asked. A link that is heard, but on which nothing moves while a probe waits, is dead
+where it matters: it is closed, its client dials another, and what it held is repeated where that is safe.
 """
 
 from collections.abc import Callable

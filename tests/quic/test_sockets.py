@@ -250,8 +250,8 @@ def test_dead_peer_costs_others_no_datagram(play: Callable[..., None]) -> None:
 
     async def work() -> None:
         taken = Taken(bound(), asks=True)
+        alive = [bound() for _ in range(50)]  # first: a port that is free again may be given to the next who asks
         gone = [dead() for _ in range(5)]
-        alive = [bound() for _ in range(50)]
         places = [sock.getsockname() for sock in alive]
         for number in range(40):
             for index, place in enumerate(places):
