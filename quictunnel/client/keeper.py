@@ -14,7 +14,7 @@ from quictunnel.wire.errors import ErrorCode
 
 __all__ = ["Keeper", "Slot"]
 
-PING_EVERY: Final = 1.5
+PING_EVERY: Final = 2.0
 FAST_PING_EVERY: Final = 0.25
 SLOWEST_ANSWER: Final = 0.5
 "seconds that an answer may take, or three round trips, before pings become fast"
@@ -127,17 +127,23 @@ class Keeper:
 
     async def _sleep(self) -> None:
         """Until the next ping is due, or the answer to the last one is."""
-        due = self._pinged_at + PING_EVERY
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(self._due()):
+                await self._woken.wait()
+        self._woken.clear()
+        if self.link.closed is None:
+            self.link.end_stalled()
+            if self._loop.time() >= self._due():
+                self._ping()
+
+    def _due(self) -> float:
+        """When the next ping is, as far as is known now."""
+        # Whatever is heard says as much as the answer to a ping does.
+        due = max(self._pinged_at, self.link.heard_at) + PING_EVERY
         missing = self._missing()
         if missing and self.link.silent_for() < FAST_FOR:
             due = min(due, max(missing[0] + self._answer_time(), self._pinged_at + FAST_PING_EVERY))
-        with suppress(TimeoutError):
-            async with asyncio.timeout_at(due):
-                await self._woken.wait()
-        self._woken.clear()
-        if self.link.closed is None and self._loop.time() >= due:
-            self.link.end_stalled()
-            self._ping()
+        return due
 
     def _ping(self) -> None:
         self._pinged_at = self._loop.time()
