@@ -15,6 +15,12 @@ from quictunnel.wire.errors import ErrorCode
 __all__ = ["Keeper", "Slot"]
 
 PING_EVERY: Final = 2.0
+BUSY_PING_EVERY: Final = 0.75
+"seconds after which a link that is not heard is pinged, and one that has carried something lately"
+
+BUSY_FOR: Final = 10.0
+"seconds, after an exchange began"
+
 FAST_PING_EVERY: Final = 0.25
 SLOWEST_ANSWER: Final = 0.5
 "seconds that an answer may take, or three round trips, before pings become fast"
@@ -80,6 +86,8 @@ class Keeper:
         self._pings: list[float] = []  # sent, of late
         self._pinged_at = self.since
         self._moved_at = 0.0
+        self._begun = 0  # exchanges, when it was last looked
+        self._busy_until = 0.0
         self._part_by = 0.0
         self._parted = asyncio.Event()
         self._has_trouble = False
@@ -133,13 +141,17 @@ class Keeper:
         self._woken.clear()
         if self.link.closed is None:
             self.link.end_stalled()
+            if self.link.begun != self._begun:
+                self._begun = self.link.begun
+                self._busy_until = self._loop.time() + BUSY_FOR
             if self._loop.time() >= self._due():
                 self._ping()
 
     def _due(self) -> float:
         """When the next ping is, as far as is known now."""
         # Whatever is heard says as much as the answer to a ping does.
-        due = max(self._pinged_at, self.link.heard_at) + PING_EVERY
+        busy = self.link.exchanges or self._loop.time() < self._busy_until
+        due = max(self._pinged_at, self.link.heard_at) + (BUSY_PING_EVERY if busy else PING_EVERY)
         missing = self._missing()
         if missing and self.link.silent_for() < FAST_FOR:
             due = min(due, max(missing[0] + self._answer_time(), self._pinged_at + FAST_PING_EVERY))
