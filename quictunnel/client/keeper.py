@@ -15,7 +15,7 @@ from quictunnel.wire.errors import ErrorCode
 __all__ = ["Keeper", "Slot"]
 
 PING_EVERY: Final = 2.0
-BUSY_PING_EVERY: Final = 0.75
+BUSY_PING_EVERY: Final = 0.5
 "seconds after which a link that is not heard is pinged, and one that has carried something lately"
 
 BUSY_FOR: Final = 10.0
