@@ -8,12 +8,11 @@ where it matters: it is closed, its client dials another, and what it held is re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from quictunnel.exchange import Leg, join
 from quictunnel.quic.link import HEAD_LIMIT, SUSPECT_AFTER
 from quictunnel.server.request_leg import RequestLeg
 from quictunnel.wire.control import PROBE_CAPABILITY
-from quictunnel.wire.errors import ErrorCode, TunnelError
-from quictunnel.wire.frames import PROBE, End, Frame
+from quictunnel.wire.errors import ErrorCode
+from quictunnel.wire.frames import PROBE, End
 
 if TYPE_CHECKING:
     from quictunnel.quic.link import Link
@@ -26,24 +25,6 @@ __all__ = ["PROBE_EVERY", "PROBE_TIME", "Prober"]
 PROBE_EVERY: Final = 4.0
 PROBE_TIME: Final = 4.0
 "seconds"
-
-
-class _Probe(Leg):
-    """The asking side of a probe: whatever comes back shows that the way is open."""
-
-    __slots__ = ()
-
-    def receive(self, frame: Frame) -> None:
-        pass
-
-    def pause(self) -> None:
-        pass
-
-    def resume(self) -> None:
-        pass
-
-    def abort(self, error: TunnelError) -> None:
-        pass
 
 
 class Prober:
@@ -76,10 +57,9 @@ class Prober:
                         self._ask(session, link, now)
 
     def _ask(self, session: "Session", link: "Link", now: float) -> None:
-        leg = RequestLeg(self._budget, HEAD_LIMIT)
+        leg = RequestLeg(self._budget, HEAD_LIMIT)  # joined to nobody: that something comes back is all
         self._registry.occupy(session)
         link.attach(leg)
-        join(_Probe(), leg)
         leg.receive(PROBE)
         leg.receive(End())
         link.ping()  # in the same packet, for the round trip that status shows
