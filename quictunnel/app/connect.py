@@ -6,14 +6,14 @@ from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from loguru import logger
 
 from quictunnel import log
 from quictunnel.app.gauge import Gauge
 from quictunnel.app.process import calm_collector, choose_engine, hang_up, raise_file_limit, say, stop_signals
-from quictunnel.app.reload import check_log, differences, flags, told
+from quictunnel.app.renewal import check_log, flags, renewed, told
 from quictunnel.app.supervise import Hopeless, Parent
 from quictunnel.client.agent import Agent, AgentConfig, FinalRefusal
 from quictunnel.client.choose import open_backend
@@ -29,7 +29,7 @@ from quictunnel.values import Address
 from quictunnel.wire.control import CONNECT_CAPABILITY, Welcome
 from quictunnel.wire.credit import WindowBudget
 
-__all__ = ["agent_config", "connect", "health_check", "named_backend", "renewed", "serve_session"]
+__all__ = ["LIVE", "agent_config", "connect", "health_check", "named_backend", "serve_session"]
 
 
 async def connect(
@@ -66,7 +66,7 @@ async def connect(
 
 
 # What a running client can change: what it says to its server, and which one that is.
-_LIVE: Final = frozenset(
+LIVE: Final = frozenset(
     {
         "ca",
         "health_fall",
@@ -89,20 +89,6 @@ _LIVE: Final = frozenset(
 )
 
 
-class Renewed(NamedTuple):
-    """What is to be gone on with, which options are others than before, and which would be after a restart."""
-
-    settings: ConnectSettings
-    changed: set[str]
-    fixed: set[str]
-
-
-def renewed(before: ConnectSettings, found: ConnectSettings) -> Renewed:
-    """What a running client takes of settings that were read anew."""
-    fixed, changed = differences(before, found, _LIVE)
-    return Renewed(found.model_copy(update={name: getattr(before, name) for name in fixed}), changed, fixed)
-
-
 class _Renewal:
     """Changes a running client at SIGHUP: all is read before anything is changed."""
 
@@ -122,10 +108,8 @@ class _Renewal:
         self._log_shared = log_shared
 
     def renew(self) -> None:
-        before = self._settings
         try:
-            found = self._again()
-            settings, changed, fixed = renewed(before, found)
+            settings, changed, fixed = renewed(self._settings, self._again(), LIVE)
             check_log(settings)
             config = agent_config(settings)
         except (CommandError, UsageError, TrustError, ValueError, OSError) as error:

@@ -13,9 +13,10 @@ from typing import Any, Final
 
 from loguru import logger
 
-from quictunnel.app.connect import connect, renewed
+from quictunnel.app.connect import LIVE, connect
 from quictunnel.app.gauge import REPORT_TIME
 from quictunnel.app.process import choose_engine, say
+from quictunnel.app.renewal import renewed
 from quictunnel.app.scaling import Sample, Scaling
 from quictunnel.app.supervise import Message, Parent, Supervisor, one_of_many
 from quictunnel.options import UsageError
@@ -88,7 +89,7 @@ class _Pool:
     def _renew(self) -> None:
         """Children read the settings for themselves; those that are started later are to have the new ones too."""
         with suppress(UsageError):  # which the children say
-            self._settings = renewed(self._settings, self._read_again()).settings
+            self._settings = renewed(self._settings, self._read_again(), LIVE).settings
 
     def _message(self, index: int, message: Message) -> None:
         match message:

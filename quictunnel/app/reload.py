@@ -4,26 +4,24 @@ Everything is read before anything is changed: a file that cannot be used is one
 on as it was.
 """
 
-import os
-from collections.abc import Callable, Collection
-from typing import Final, TypeVar
+from collections.abc import Callable
+from typing import Final
 
 from loguru import logger
 
 from quictunnel import log
 from quictunnel.app.identity import Identity, identity_of
+from quictunnel.app.renewal import check_log, flags, renewed, told
 from quictunnel.http.visitor import VisitorLimits
 from quictunnel.log import AccessLog
-from quictunnel.options import UsageError, flag_name, reason
+from quictunnel.options import UsageError
 from quictunnel.server.registry import RegistryLimits
 from quictunnel.server.server import Server, ServerConfig
 from quictunnel.settings import LogSettings, ServeSettings
 from quictunnel.trust.files import TrustError
 from quictunnel.trust.tokens import TokenStore
 
-__all__ = ["Reloader", "check_log", "differences", "flags", "logs_requests", "server_config", "told"]
-
-S = TypeVar("S", bound=LogSettings)
+__all__ = ["Reloader", "logs_requests", "server_config"]
 
 _LIVE: Final = frozenset(
     {
@@ -54,9 +52,6 @@ _LIVE: Final = frozenset(
     }
 )
 "the options that a running server can change; all others need a new process"
-
-# About the start alone.
-_OF_THE_START: Final = frozenset({"config", "takeover"})
 
 
 class Reloader:
@@ -92,11 +87,8 @@ class Reloader:
 
     def reload(self) -> None:
         """Read everything anew, and change what can be changed."""
-        before = self.settings
         try:
-            found = self._again()
-            fixed, changed = differences(before, found, _LIVE)
-            settings = found.model_copy(update={name: getattr(before, name) for name in fixed})
+            settings, changed, fixed = renewed(self.settings, self._again(), _LIVE)
             check_log(settings)
             identity = identity_of(settings, settings.quic[0])
             self._server.reconfigure(server_config(settings, identity, self._worker))
@@ -168,25 +160,3 @@ def server_config(settings: ServeSettings, identity: Identity, worker: int = 0) 
 def logs_requests(settings: LogSettings) -> bool:
     """Whether the line of each request is logged."""
     return settings.log_level in ("trace", "debug", "info")
-
-
-def differences(before: S, found: S, live: frozenset[str]) -> tuple[set[str], set[str]]:
-    """The options that differ and cannot be changed, and those that can, the ``live`` ones."""
-    names = {name for name in type(before).model_fields if getattr(before, name) != getattr(found, name)}
-    names -= _OF_THE_START
-    return names - live, names & live
-
-
-def check_log(settings: LogSettings) -> None:
-    """Whether the log can be written, before the present one is closed. Raises OSError."""
-    if settings.log_file is not None:
-        settings.log_file.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(settings.log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600))
-
-
-def flags(names: Collection[str]) -> str:
-    return ", ".join(sorted(map(flag_name, names)))
-
-
-def told(error: Exception) -> str:
-    return reason(error) if isinstance(error, OSError) else str(error)

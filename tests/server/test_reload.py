@@ -15,6 +15,7 @@ from loguru import logger
 
 from quictunnel import log
 from quictunnel.app import reload as module
+from quictunnel.app import renewal
 from quictunnel.app.identity import Identity, identity_of
 from quictunnel.app.reload import Reloader
 from quictunnel.app.serve import make_server
@@ -235,5 +236,5 @@ def test_every_option_that_is_said_to_change_live_exists_and_the_others_are_know
     """Whoever adds an option decides here whether a running server can change it."""
     fields = set(ServeSettings.model_fields)
     assert fields >= module._LIVE
-    fixed = fields - module._LIVE - module._OF_THE_START
+    fixed = fields - module._LIVE - renewal.OF_THE_START
     assert fixed == {"domain", "engine", "http", "https", "quic", "state_dir", "window_budget", "workers"}
