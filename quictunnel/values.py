@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Final, NamedTuple, TypeAlias
 
-from quictunnel.wire.names import normalise_host
+from quictunnel.wire.names import host_and_port, normalise_host
 
 __all__ = [
     "Address",
@@ -67,7 +67,7 @@ class Address(NamedTuple):
     port: int
 
     def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return host_and_port(self.host, self.port)
 
 
 class Range(NamedTuple):

@@ -28,6 +28,7 @@ from quictunnel.trust.files import private_directory, write_private
 from quictunnel.trust.join import LOCAL_JOIN, JoinString
 from quictunnel.trust.owners import Owners
 from quictunnel.trust.tokens import TokenRefused, TokenStore
+from quictunnel.values import Address
 
 __all__ = ["Bound", "Worker", "announce", "make_server", "serve"]
 
@@ -154,8 +155,8 @@ class Bound(NamedTuple):
 def announce(settings: ServeSettings, engine: Engine, tokens: TokenStore, identity: Identity, bound: Bound) -> None:
     """Print the facts that a script may wait for, and the line to paste on the other machine."""
     address = _dialled_address(settings, bound.quic)
-    facts = f"http={_joined(*bound.http)} quic={_joined(*bound.quic)} domain={settings.domain} engine={engine.name}"
-    facts += f" https={_joined(*bound.https)}" if bound.https is not None else ""
+    facts = f"http={Address(*bound.http)} quic={Address(*bound.quic)} domain={settings.domain} engine={engine.name}"
+    facts += f" https={Address(*bound.https)}" if bound.https is not None else ""
     say(f"ready {facts}" + (f" workers={settings.workers}" if settings.workers > 1 else ""))
     say(f"visitors find a tunnel at {public_urls(f'NAME.{settings.domain}', bound.http, bound.https)[0]}")
     if identity.pin is None:
@@ -205,7 +206,7 @@ def _open_door(settings: ServeSettings, engine: Engine, server: Server, worker: 
         "engine": engine.name,
         "domain": settings.domain,
         "listens": {
-            name: None if address is None else _joined(*address)
+            name: None if address is None else str(Address(*address))
             for name, address in (("http", settings.http), ("https", settings.https), ("quic", settings.quic))
         },
     }
@@ -232,12 +233,8 @@ async def _renew(reloader: Reloader) -> None:
 def _dialled_address(settings: ServeSettings, bound: tuple[str, int]) -> str:
     """The address for the join string: the one advertised, else the one bound, else the best guess."""
     if settings.advertise is not None:
-        return _joined(settings.advertise[0], settings.advertise[1] or bound[1])
+        return str(Address(settings.advertise[0], settings.advertise[1] or bound[1]))
     host = bound[0]
     if host in WILDCARDS:
         host = settings.domain if settings.domain != "localhost" else outward_address()
-    return _joined(host, bound[1])
-
-
-def _joined(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return str(Address(host, bound[1]))

@@ -18,6 +18,7 @@ from quictunnel.quic.succession import Predecessor
 from quictunnel.server.admin import Conversation
 from quictunnel.server.handover import PROTOCOL
 from quictunnel.server.server import Known, Server, Sockets
+from quictunnel.values import Address
 
 __all__ = ["Addresses", "Inherited", "take_over"]
 
@@ -193,9 +194,9 @@ def _difference(about: dict[str, Any], addresses: Addresses) -> str:
         if wanted is None or asked is None:
             if wanted is None and asked is None:
                 continue
-        elif _joined(wanted) in (asked, bound) or (wanted[1] == 0 and wanted[0] in (_host(asked), _host(bound))):
+        elif str(Address(*wanted)) in (asked, bound) or (wanted[1] == 0 and wanted[0] in (_host(asked), _host(bound))):
             continue
-        here = "nowhere" if wanted is None else _joined(wanted)
+        here = "nowhere" if wanted is None else str(Address(*wanted))
         return (
             f"--{name} is {here}, and that of the running server (process {about['pid']}) is {asked or 'nowhere'}: "
             "a takeover needs the same addresses"
@@ -205,10 +206,6 @@ def _difference(about: dict[str, Any], addresses: Addresses) -> str:
 
 def _host(address: str | None) -> str:
     return "" if address is None else address.rpartition(":")[0].strip("[]")
-
-
-def _joined(address: _Address) -> str:
-    return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
 
 
 def _asked_for(path: Path, about: dict[str, Any]) -> Inherited:

@@ -15,6 +15,7 @@ from quictunnel.quic.sockets import DATAGRAM_SIZE, DatagramSocket, enlarge_buffe
 from quictunnel.quic.tickets import Tickets
 from quictunnel.wire.credit import WindowBudget
 from quictunnel.wire.errors import ErrorCode
+from quictunnel.wire.names import host_and_port
 
 __all__ = ["DialError", "Endpoint", "Way", "dial", "resolve"]
 
@@ -51,8 +52,7 @@ class Endpoint(NamedTuple):
     address: Any
 
     def __str__(self) -> str:
-        host, port = self.address[:2]
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return host_and_port(*self.address[:2])
 
 
 async def resolve(host: str, port: int, timeout: float) -> list[Endpoint]:

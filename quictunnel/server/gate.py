@@ -35,6 +35,7 @@ from quictunnel.wire.control import (
     Welcome,
 )
 from quictunnel.wire.errors import ErrorCode, TunnelError
+from quictunnel.wire.names import host_and_port
 
 __all__ = ["Gate"]
 
@@ -382,5 +383,4 @@ class _Refused(Exception):
 
 
 def _place(link: Link) -> str:
-    address = link.address
-    return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
+    return host_and_port(*link.address[:2])

@@ -17,6 +17,7 @@ from quictunnel.quic.link import Link
 from quictunnel.server.admin import Conversation, Line
 from quictunnel.server.registry import Session, Tunnel
 from quictunnel.server.server import Server
+from quictunnel.wire.names import host_and_port
 
 __all__ = ["Status"]
 
@@ -65,9 +66,9 @@ class Status:
             **self._facts,
             "started": self._clock(self._started),
             "draining": server.draining,
-            "http": _joined(server.http_address),
-            "https": None if server.https_address is None else _joined(server.https_address),
-            "quic": _joined(server.quic_address),
+            "http": host_and_port(*server.http_address),
+            "https": None if server.https_address is None else host_and_port(*server.https_address),
+            "quic": host_and_port(*server.quic_address),
             "visitors": len(server.visitors),
             "in_flight": server.visitors.in_flight,
         }
@@ -137,9 +138,5 @@ def _encoded(line: Line) -> bytes:
     return json.dumps(line, separators=(",", ":")).encode("ascii")
 
 
-def _joined(address: tuple[str, int]) -> str:
-    return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
-
-
 def _place(link: Link) -> str:
-    return "" if link.address is None else _joined(link.address[:2])
+    return "" if link.address is None else host_and_port(*link.address[:2])

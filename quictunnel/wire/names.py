@@ -13,6 +13,7 @@ import re
 from typing import Final
 
 __all__ = [
+    "host_and_port",
     "host_matches",
     "normalise_host",
     "normalise_host_pattern",
@@ -90,6 +91,11 @@ def normalise_host_pattern(pattern: str) -> str:
     if pattern.startswith("*."):
         return "*." + normalise_host(pattern[2:])
     return normalise_host(pattern)
+
+
+def host_and_port(host: str, port: int) -> str:
+    """``HOST:PORT``, an IPv6 address in brackets (RFC 3986 section 3.2.2)."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def host_matches(pattern: str, host: str) -> bool:
