@@ -192,7 +192,16 @@ class Workers:
             server.on_hello = self._welcomes(number)
 
     def _welcomes(self, number: int) -> Callable[[Link, Hello], None]:
-        return lambda link, hello: link.send_control(Welcome("app", worker=number, workers=len(self.servers)))
+        """As a real one does it: the link that a new one replaces is closed."""
+        server = self.servers[number]
+
+        def welcome(link: Link, hello: Hello) -> None:
+            for other, said in zip(server.links, server.hellos, strict=True):
+                if other is not link and said.link == hello.link:
+                    other.close()
+            link.send_control(Welcome("app", worker=number, workers=len(self.servers)))
+
+        return welcome
 
     async def start(self) -> "Workers":
         """In the place of whatever was there."""
