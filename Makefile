@@ -5,19 +5,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ARGS ?=
+COMPILED := build/compiled
+BESIDE := .dockerignore CHANGELOG.md LICENSE Makefile README.md benchmarks certs compose docs hatch_build.py pyproject.toml tests
 # By worksteal each worker has tests that are neighbours: what a module starts for its tests is seldom started twice.
-QUICK := -n 2 --dist worksteal -m 'not slow'
+QUICK := -n 2 --dist worksteal
 
 # The tests and the processes that they start would compile every module again and again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check format fuzz clean
+.PHONY: help demo test test-all test-compiled check format fuzz clean
 
 help:
 	@echo 'make demo      try the tunnel on this machine: server, client and a small backend, until Ctrl-C'
 	@echo 'make test      the quick tests, on both QUIC engines'
 	@echo 'make test-all  every test, the slow ones too'
+	@echo 'make test-compiled  the quick tests again, as the compiled package of an installation'
 	@echo 'make fuzz      random bytes for all that reads from outside (ARGS="--seconds 600 door")'
 	@echo 'make check     lint, format, types, and which module may import which'
 	@echo 'make format    let ruff put the format right'
@@ -28,13 +31,23 @@ demo: $(VENV)/.installed
 	@$(BIN)/quictunnel demo $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/pytest $(QUICK) $(ARGS)
+	$(BIN)/pytest $(QUICK) -m 'not slow' $(ARGS)
 
 # The slow ones measure time and memory: nothing may run beside them. Here every process starts as a user's does;
 # the quick tests fork most of them from one that has loaded its modules already.
 test-all: $(VENV)/.installed-dev
-	$(BIN)/pytest $(QUICK) --cold $(ARGS)
+	$(BIN)/pytest $(QUICK) -m 'not slow' --cold $(ARGS)
 	$(BIN)/pytest --cold -m slow --timeout 600 $(ARGS)
+
+# What is installed is compiled where it can be (hatch_build.py): the same tests run it, save those whose stand-ins are not
+# of the classes that compiled code asks for.
+test-compiled: $(COMPILED)/.made
+	for each in $(BESIDE); do rm -rf $(COMPILED)/$$each; cp -r $$each $(COMPILED)/; done
+	cd $(COMPILED) && '$(CURDIR)/$(BIN)/pytest' $(QUICK) -m 'not slow and not interpreted' $(ARGS)
+
+$(COMPILED)/.made: hatch_build.py pyproject.toml $(shell find quictunnel -name '*.py') | $(VENV)/.installed-dev
+	$(BIN)/python hatch_build.py $(COMPILED)
+	@touch $@
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -14,12 +14,15 @@ What a leg may rely on, and must keep:
   the one ``VOID`` leg.
 """
 
+from mypy_extensions import mypyc_attr
+
 from quictunnel.wire.errors import TunnelError
 from quictunnel.wire.frames import Frame
 
 __all__ = ["VOID", "Leg", "join"]
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Leg:
     """One side of an exchange."""
 

@@ -15,7 +15,7 @@ Nothing of one ``feed`` is handed over before all of it has been found right.
 
 import re
 from functools import lru_cache
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, cast
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 
@@ -185,7 +185,7 @@ class DoorParser:
 
     def close(self) -> None:
         """Let go of llhttp, which refers back; nothing may be fed any more."""
-        del self._llhttp
+        self._llhttp = cast(HttpRequestParser, None)
 
     @property
     def in_head(self) -> bool:

@@ -21,8 +21,6 @@ from quictunnel.wire.frames import CONNECT, Data, End, Fields, Frame, ResponseHe
 __all__ = ["AnswerParser"]
 
 _OPENING: Final = b"HTTP/1."
-# Where the status is in a status line that begins so, and llhttp accepts.
-_STATUS: Final = slice(9, 10)
 _END_OF_HEAD: Final = b"\r\n\r\n"
 _CONTROL: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _END: Final = End()
@@ -115,7 +113,8 @@ class AnswerParser:
         """
         frames: list[Frame] = []
         self._frames = frames
-        if not self.head_seen and (self.started or self._is_connect or data[_STATUS] in (b"", b"1")):
+        # Of a status line that begins as it must, the tenth byte is the status's first.
+        if not self.head_seen and (self.started or self._is_connect or data[9:10] in (b"", b"1")):
             data = self._feed_heads(data)
             if self._switched:
                 if data:

@@ -2,6 +2,8 @@
 
 from typing import Final
 
+from mypy_extensions import mypyc_attr
+
 from quictunnel.exchange import Leg
 from quictunnel.wire.frames import Data, Frame
 
@@ -13,6 +15,7 @@ IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE", b
 _LIMIT: Final = 16 * 1024
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class ReplayLeg(Leg):
     """A leg that remembers what it sent after the head, as long as that is little."""
 

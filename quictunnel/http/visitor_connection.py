@@ -42,6 +42,7 @@ __all__ = ["VisitorConnection"]
 _LINGER_TIME: Final = 2.0
 _LINGER_SIZE: Final = 1024 * 1024
 _GONE: Final = "The visitor went away."
+_NOBODY: Final = Forwarding("", b"http", trusted=False)  # before there is a transport to ask
 
 
 class VisitorConnection(VisitorOutput):
@@ -74,7 +75,7 @@ class VisitorConnection(VisitorOutput):
         super().__init__(listener)
         # for as long as the connection lives
         self._parser = DoorParser(listener.limits)
-        self._forwarding = cast(Forwarding, None)
+        self._forwarding = _NOBODY
         self._scheme = b"http"
         self._unread: bytes | None = b""  # the first bytes, until they tell which HTTP this is
         self._held_to = ""  # the host of its TLS handshake
@@ -101,7 +102,7 @@ class VisitorConnection(VisitorOutput):
 
     def __repr__(self) -> str:
         state = "closing" if self._closing else "opaque" if self._opaque else "busy" if self._leg else "idle"
-        return f"<VisitorConnection {self._forwarding.client if self._forwarding else ''} {state}>"
+        return f"<VisitorConnection {self._forwarding.client} {state}>"
 
     # What the transport tells
 

@@ -13,6 +13,8 @@ Who does what, in order:
 from collections.abc import Callable
 from typing import Any, Final
 
+from mypy_extensions import mypyc_attr
+
 from quictunnel.exchange import Leg
 from quictunnel.http.reply import Framing
 from quictunnel.wire.errors import ErrorCode, TunnelError
@@ -23,6 +25,7 @@ __all__ = ["VisitorLeg"]
 _END: Final = End()
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class VisitorLeg(Leg):
     """One exchange with a visitor: a handle that stays harmless when its connection has gone on to others."""
 

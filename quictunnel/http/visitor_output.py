@@ -12,6 +12,8 @@ from collections.abc import Callable
 from math import inf
 from typing import TYPE_CHECKING, Final, cast
 
+from mypy_extensions import mypyc_attr
+
 from quictunnel.http import endings
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ WRITE_SIZE: Final = 64 * 1024
 _KEEP_ALIVE: Final = 15
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class VisitorOutput(asyncio.Protocol):
     """The writing half of a visitor's connection, and what its listener asks of the whole."""
 

@@ -13,6 +13,7 @@ from math import inf
 from typing import Any, Final
 
 from loguru import logger
+from mypy_extensions import mypyc_attr
 
 from quictunnel.exchange import VOID
 from quictunnel.log import escape
@@ -81,6 +82,7 @@ class LinkClosed(Exception):
         return self.reason or f"QUIC error {self.code:#x}"
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class LinkOwner:
     """What a link tells the one who made it. Each call may close the link."""
 

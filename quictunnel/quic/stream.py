@@ -8,6 +8,8 @@ sends or receives it.
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
+from mypy_extensions import mypyc_attr
+
 from quictunnel.exchange import Leg
 from quictunnel.quic.engine import STREAM_OVER
 from quictunnel.wire.codec import EMPTY_DATA, StreamDecoder, encode_data, encode_head, encode_trailers
@@ -25,6 +27,7 @@ __all__ = ["StreamLeg"]
 _DATA_LIMIT: Final = 64 * 1024
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class StreamLeg(Leg):
     """One exchange on one stream of a link."""
 

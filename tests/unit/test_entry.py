@@ -20,6 +20,8 @@ from quictunnel.wire.frames import RequestHead
 from tests.support.memory import Recorder
 from tests.unit.test_registry import FakeLink
 
+pytestmark = pytest.mark.interpreted  # a stand-in for Link
+
 
 class Visitor(Recorder):
     """A visitor's leg as the entry sees it."""

@@ -19,6 +19,8 @@ from quictunnel.trust.tokens import TokenStore
 from quictunnel.wire.control import VERSION, Authority, Drain, Drained, Grow, Hello, Refuse, Unknown, Welcome
 from quictunnel.wire.errors import ErrorCode, TunnelError
 
+pytestmark = pytest.mark.interpreted  # a stand-in for Link
+
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 SESSION = "s" * 24
 
