@@ -163,6 +163,7 @@ class Link:
         self.terminated = False  # the library has nothing more to send either
         self.on_terminated: Callable[[Link], None] = lambda link: None
         self.on_connection_id: Callable[[Link, bytes, bool], None] = lambda link, cid, issued: None
+        self.on_address: Callable[[Link, Any], None] = lambda link, before: None
         self._error: tuple[int, str] | None = None
 
         # liveness, in seconds of the loop's clock
@@ -485,8 +486,9 @@ class Link:
         self.schedule()
 
     def _moved(self, address: Any) -> None:
-        known, self.address = self.address is not None, address
-        if known:
+        before, self.address = self.address, address
+        self.on_address(self, before)
+        if before is not None:
             self.address_changes += 1
             self.owner.link_moved(self)
 

@@ -80,6 +80,7 @@ class LinkListener:
         self._socket: DatagramSocket | None = None
         self._links: dict[bytes, Link] = {}  # by each connection id
         self._ids: dict[Link, set[bytes]] = {}
+        self._at: dict[Any, dict[Link, None]] = {}  # by where the client's last datagram came from
         self._half_open: dict[Link, float] = {}  # since when
         self._sweeper: asyncio.TimerHandle | None = None
         self.predecessor: Predecessor | None = None  # whose links' datagrams come here
@@ -170,11 +171,9 @@ class LinkListener:
 
     def _refused(self, refusals: list[Refusal]) -> None:
         """Clients' hosts say that nobody listens there any more; a link believes what is proved to be its own."""
-        places = {refusal.address[:2] for refusal in refusals}
-        links = [link for link in self._ids if link.address is not None and link.address[:2] in places]
         for quoted, address in refusals:
-            for link in links:
-                if link.address[:2] == address[:2] and (number := link.number_of(quoted)) is not None:
+            for link in self._at.get(address[:2], ()):
+                if (number := link.number_of(quoted)) is not None:
                     link.unreachable(number)
                     break
 
@@ -244,6 +243,7 @@ class LinkListener:
             is_client=False,
         )
         link.on_connection_id = self._connection_id
+        link.on_address = self._address
         link.on_terminated = self._terminated
         self._half_open[link] = now
         self._ids[link] = set()
@@ -276,12 +276,23 @@ class LinkListener:
             ids.discard(cid)
             self._links.pop(cid, None)
 
+    def _address(self, link: Link, before: Any) -> None:
+        self._leave(link, before)
+        self._at.setdefault(link.address[:2], {})[link] = None
+
+    def _leave(self, link: Link, address: Any) -> None:
+        if address is not None and (there := self._at.get(address[:2])) is not None:
+            there.pop(link, None)
+            if not there:
+                del self._at[address[:2]]
+
     def accepted(self, link: Link) -> None:
         """The link's client has proved itself: its handshake is no longer on the clock."""
         self._half_open.pop(link, None)
 
     def _terminated(self, link: Link) -> None:
         self._half_open.pop(link, None)
+        self._leave(link, link.address)
         for cid in self._ids.pop(link, ()):
             self._links.pop(cid, None)
 

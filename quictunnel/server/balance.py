@@ -1,5 +1,7 @@
 """Which of a tunnel's sessions takes the next request: that with the least load for its weight, or the visitor's own.
 
+And which of its links: that with the most room, see ``LinkOrder``.
+
 Load is exchanges in flight divided by weight. A heap with lazy deletion keeps the sessions in its order: whatever
 changes a session's load *offers* it anew, which makes its older entry stale, and stale entries are thrown away when
 they come to the top. Each change costs a push, and each push at most one pop later: O(log sessions). Among equals the
@@ -13,12 +15,12 @@ goes, only the visitors that it gains or had move.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from heapq import heapify, heappop, heappush
 from math import log
 from typing import Final, Generic, Protocol, TypeVar
 
-__all__ = ["Balance", "Balanced", "rendezvous"]
+__all__ = ["Balance", "Balanced", "LinkOrder", "Roomy", "rendezvous"]
 
 # Stale entries are mostly thrown away at the top; those of sessions that are never the least loaded are not.
 _SPARE: Final = 64
@@ -84,6 +86,78 @@ class Balance(Generic[T]):
         self._heap = [entry for entry in self._heap if entry[1] == entry[2].place]
         heapify(self._heap)
         self._limit = 4 * len(self._heap) + _SPARE
+
+
+# Links that can take nothing are looked at again this often, in seconds: one that is heard again tells nobody.
+_LOOK_EVERY: Final = 0.1
+
+
+class Roomy(Protocol):
+    """A link, as an order of them sees it."""
+
+    active: int
+    "exchanges on it"
+
+
+L = TypeVar("L", bound=Roomy)
+
+
+class LinkOrder(Generic[L]):
+    """The links of a session that has many, the one with the most room first: O(log links) for each request.
+
+    A heap like that of ``Balance``, but it mends itself: an entry whose link has more exchanges than it says is put in
+    its place when it comes to the top, so only a link that has become emptier is to be offered. What is found to take
+    nothing (no slot, suspect) is put aside until it is offered, or for a moment.
+    """
+
+    __slots__ = ("_aside", "_count", "_heap", "_look_at", "_places", "examined")
+
+    def __init__(self, links: Iterable[L]) -> None:
+        self._heap: list[tuple[int, int, L]] = []
+        self._places: dict[L, int] = {}  # the number of its valid entry
+        self._aside: list[L] = []
+        self._look_at = 0.0
+        self._count = 0
+        self.examined = 0
+        "links that were looked at, ever"
+
+        for link in links:
+            self.offer(link)
+
+    def offer(self, link: L) -> None:
+        """The link has more room than it had, or may be able to take something again."""
+        self._count += 1
+        self._places[link] = self._count
+        heappush(self._heap, (link.active, self._count, link))
+        if len(self._heap) > 4 * len(self._places) + _SPARE:
+            self._heap = [entry for entry in self._heap if self._places.get(entry[2]) == entry[1]]
+            heapify(self._heap)
+
+    def choose(self, now: float, fits: Callable[[L], bool]) -> L | None:
+        """The link with the most room of those that fit; ``now`` is the event loop's time."""
+        if self._aside and now >= self._look_at:
+            aside, self._aside = self._aside, []
+            self._look_at = now + _LOOK_EVERY
+            for link in aside:
+                if link not in self._places:
+                    self.offer(link)
+        heap = self._heap
+        while heap:
+            load, count, link = heap[0]
+            if self._places.get(link) != count:
+                heappop(heap)
+                continue
+            self.examined += 1
+            if link.active != load:
+                heappop(heap)
+                self.offer(link)
+            elif fits(link):
+                return link
+            else:
+                heappop(heap)
+                del self._places[link]
+                self._aside.append(link)
+        return None
 
 
 def rendezvous(visitor: str, candidates: Iterable[tuple[str, int]]) -> str | None:

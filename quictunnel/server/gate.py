@@ -85,6 +85,8 @@ class Gate(LinkOwner):
         self._loop = asyncio.get_running_loop()
         self._refused: dict[Link, asyncio.TimerHandle] = {}  # until when they may read why
         self._asked: set[Link] = set()  # have had the authority's certificate
+        self._rechecked = -1  # which reading of the tokens all sessions were last held against
+        self._recheck_at: datetime | None = None  # when the first of their tokens expires
         self.draining = False
         self._retry_after = _RETRY_AFTER
         self.on_accepted: Callable[[Link], None] = lambda link: None
@@ -112,7 +114,7 @@ class Gate(LinkOwner):
 
     def link_slots_allowed(self, link: Link) -> None:
         if link.session is not None:
-            self._registry.slots_allowed(link.session, self._loop.time())
+            self._registry.slots_allowed(link.session, self._loop.time(), link)
 
     def link_moved(self, link: Link) -> None:
         allowed = link.engine.address_changes
@@ -173,6 +175,7 @@ class Gate(LinkOwner):
         session.weight = hello.weight
         session.tunnel.sticky = hello.sticky if hello.sticky in STICKY else ""
         self._hosts.register(session, hosts)
+        self._recheck_by(grant.expires)
         self.on_accepted(link)
         urls = self._public_urls(name, hosts)
         link.send_control(
@@ -228,7 +231,9 @@ class Gate(LinkOwner):
     def _others(self, grant: Grant, hello: Hello) -> set[str]:
         """The hosts that other sessions of the tunnel serve."""
         tunnel = self._registry.tunnels.get(grant.tunnel)
-        sessions = tunnel.sessions.values() if tunnel is not None else ()
+        if tunnel is None or not self._hosts.has_any(tunnel):
+            return set()  # without a look at each of them
+        sessions = tunnel.sessions.values()
         mine = [each for each in sessions if each.grant.token_id == grant.token_id and each.id != hello.session]
         return {host for session in mine for host in session.hosts}
 
@@ -307,6 +312,10 @@ class Gate(LinkOwner):
         except TrustError as error:
             logger.error("{}", error)
             return
+        # Only another file or time makes a token bad, and there may be very many sessions.
+        if self._tokens.loads == self._rechecked and (self._recheck_at is None or self._now() < self._recheck_at):
+            return
+        self._rechecked, self._recheck_at = self._tokens.loads, None
         for tunnel in list(self._registry.tunnels.values()):
             self._recheck(tunnel)
 
@@ -322,13 +331,20 @@ class Gate(LinkOwner):
     def _recheck_session(self, session: Session) -> None:
         """Raises TokenRefused when its token does not allow it any more, and TrustError."""
         grant, now = session.grant, self._now()
-        self._tokens.recheck(grant, now)
+        self._recheck_by(self._tokens.recheck(grant, now))
         for host in session.hosts:
             if not self._tokens.holds(grant.token_id, "host", host, now):
                 raise TokenRefused("scope", f"token {grant.token_id} is not for the host {host}")
 
+    def _recheck_by(self, expires: datetime | None) -> None:
+        """A token is good until then."""
+        if expires is not None and (self._recheck_at is None or expires < self._recheck_at):
+            self._recheck_at = expires
+
     def _end_others(self, tunnel: Tunnel, token: str) -> None:
         """End a tunnel's sessions of other tokens: the name has passed to this one."""
+        if tunnel.owner is not None and tunnel.owner.token_id == token:
+            return  # this was done when it came to be so, and none of another has come since
         for session in list(tunnel.sessions.values()):
             if session.grant.token_id == token:
                 continue

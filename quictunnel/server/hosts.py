@@ -102,6 +102,10 @@ class Hosts:
         """The tunnel whose sessions say exactly that host, or exactly that wildcard."""
         return self._below.get(host[2:]) if host.startswith("*.") else self._exact.get(host)
 
+    def has_any(self, tunnel: Tunnel) -> bool:
+        """Whether any of the tunnel's sessions has custom hosts."""
+        return tunnel in self._of
+
     def register(self, session: Session, hosts: Sequence[str]) -> None:
         """A session says what its hosts are."""
         tunnel = session.tunnel

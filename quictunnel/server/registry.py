@@ -13,7 +13,7 @@ from typing import Final
 from loguru import logger
 
 from quictunnel.quic.link import SLOTS, SUSPECT_AFTER, Link
-from quictunnel.server.balance import Balance, rendezvous
+from quictunnel.server.balance import Balance, LinkOrder, rendezvous
 from quictunnel.server.request_leg import RequestLeg
 from quictunnel.trust.tokens import Grant
 from quictunnel.wire.control import Grow
@@ -24,6 +24,12 @@ __all__ = ["Registry", "RegistryLimits", "Session", "Tunnel"]
 # A link is asked for when those there are hold so many exchanges each: half of the slots are left for a burst to fall
 # into while the new link shakes hands.
 _STREAMS_PER_LINK: Final = SLOTS // 2
+
+# Of so many links each is looked at for each request, which is quicker than to keep them in order.
+_FEW_LINKS: Final = 8
+
+# Waiting requests after which their number is told to the sessions again, that of half of a link.
+_ASK_EVERY: Final = _STREAMS_PER_LINK // 2
 
 # A session whose backend could not be connected to so many times in a row is put aside: for the first time so long,
 # then twice as long each time, at most so long. In seconds.
@@ -55,7 +61,7 @@ class RegistryLimits:
     held: int = 1024
     "requests of one tunnel that may wait so at a time"
 
-    max_links: int = 64
+    max_links: int = 256
     "links of one session"
 
     sessions: int = 1024
@@ -70,6 +76,7 @@ class Session:
 
     __slots__ = (
         "_aside_for",
+        "_order",
         "agent",
         "aside_until",
         "capabilities",
@@ -105,6 +112,7 @@ class Session:
         self.hosts: tuple[str, ...] = ()  # custom hosts that its client serves: see ``hosts``
         self.since = since
         self.links: dict[int, Link] = {}
+        self._order: LinkOrder[Link] | None = None  # of many links, until other ones are there
         self.lingering: set[Link] = set()  # replaced or retired, their exchanges still count
         self.weight = 1
         self.in_flight = 0
@@ -130,6 +138,8 @@ class Session:
         if self.failures >= _FAILURES and self.aside_until <= now and len(self.tunnel.sessions) > 1:
             self._aside_for = min(2 * self._aside_for or _ASIDE_FIRST, _ASIDE_LONGEST)
             self.aside_until = now + self._aside_for
+            if self.tunnel.sessions.get(self.id) is self:
+                self.tunnel.aside.add(self)
             logger.warning(
                 "session {} of {} is put aside for {:g} s: its backend could not be connected to, {} times in a row",
                 self.number, self.tunnel.name, self._aside_for, self.failures,
@@ -139,21 +149,35 @@ class Session:
         """Its backend has answered again."""
         self.failures = 0
         self.aside_until = self._aside_for = 0.0
+        self.tunnel.aside.discard(self)
 
     def may_serve(self, now: float) -> bool:
         """Whether its backend is believed to be there."""
         return self.healthy and self.aside_until <= now
 
-    def choose_link(self) -> Link | None:
+    def choose_link(self, now: float) -> Link | None:
         """The link with the most room of those that were heard lately; None when no slot is free.
 
         What would be sent on a suspect link would wait for its idle time-out. In the queue it waits for the link that
         the client dials beside it, and is refused in time.
         """
+        if len(self.links) > _FEW_LINKS:
+            if self._order is None:
+                self._order = LinkOrder(self.links.values())
+            return self._order.choose(now, _fits)
         best = _most_room(self.links.values())
         if best is not None and best.silent_for() > SUSPECT_AFTER:
             return _most_room(link for link in self.links.values() if not link.silent_for() > SUSPECT_AFTER)
         return best
+
+    def has_room(self, link: Link) -> None:
+        """A link of its own can take more than before."""
+        if self._order is not None and not link.draining:
+            self._order.offer(link)
+
+    def links_changed(self) -> None:
+        """Other links are there, or one takes nothing new any more."""
+        self._order = None
 
     def is_leaving(self) -> bool:
         """Whether its client has said that it takes nothing new."""
@@ -178,6 +202,7 @@ class Session:
             return
         self.wanted_links -= 1
         self._say(Grow(self.wanted_links))
+        self.links_changed()
         for index in [index for index in self.links if index >= self.wanted_links]:
             link = self.links.pop(index)
             link.draining = True
@@ -196,6 +221,10 @@ class Session:
                 return
 
 
+def _fits(link: Link) -> bool:
+    return link.has_slot() and not link.silent_for() > SUSPECT_AFTER
+
+
 def _most_room(links: Iterable[Link]) -> Link | None:
     best: Link | None = None
     for link in links:
@@ -210,6 +239,7 @@ class Tunnel:
     __slots__ = (
         "_by_address",
         "_by_key",
+        "aside",
         "balance",
         "in_flight",
         "lost_at",
@@ -225,6 +255,7 @@ class Tunnel:
         self.owner: Grant | None = None  # whose name it is, from its first registration on
         self.sessions: dict[str, Session] = {}
         self.balance: Balance[Session] = Balance()
+        self.aside: set[Session] = set()  # put aside, for a time that may be over
         self.lost_at = lost_at  # since when it has no session, on the loop's clock; None while it has one
         self.sticky = ""  # how visitors are kept together: see wire.control.STICKY
         self.in_flight = 0
@@ -245,13 +276,13 @@ class Tunnel:
         if leg is not None and leg.prefers is not None:
             session = leg.prefers
             if self.sessions.get(session.id) is session and session not in tried and session.may_serve(now):
-                link = session.choose_link()
+                link = session.choose_link(now)
                 if link is not None:
                     return session, link
         if len(self.sessions) == 1 and not tried:
             # The usual case needs no order.
             for session in self.sessions.values():
-                link = session.choose_link() if session.healthy else None
+                link = session.choose_link(now) if session.healthy else None
                 return None if link is None else (session, link)
         return self._least_loaded(now, tried) or self._put_aside(now, tried)
 
@@ -264,7 +295,7 @@ class Tunnel:
                     balance.park(session)
                     passed.append(session)
                     continue
-                link = session.choose_link() if session.may_serve(now) else None
+                link = session.choose_link(now) if session.may_serve(now) else None
                 if link is not None:
                     return session, link
                 balance.park(session)
@@ -274,9 +305,11 @@ class Tunnel:
                 balance.offer(session)
 
     def _put_aside(self, now: float, tried: frozenset[Session]) -> tuple[Session, Link] | None:
-        aside = [each for each in self.balance.parked if each.healthy and each.aside_until > now and each not in tried]
+        if not self.aside:
+            return None
+        aside = [each for each in self.aside if each.healthy and each.aside_until > now and each not in tried]
         for session in sorted(aside, key=lambda each: each.aside_until):
-            link = session.choose_link()
+            link = session.choose_link(now)
             if link is not None:
                 return session, link
         return None
@@ -303,12 +336,27 @@ class Tunnel:
         if len(self.sessions) > 1:
             self.balance.offer(session)
 
-    def sessions_changed(self) -> None:
-        """A session has come, gone, or changed in what it is chosen by."""
+    def session_came(self, session: Session) -> None:
+        """A session begins."""
+        self.sessions[session.id] = session
+        self._by_key[session.key] = session
+        self.lost_at = None
+        if len(self.sessions) == 2:
+            for each in self.sessions.values():  # the first one had no need of an order
+                self.changed(each)
+        self.session_changed(session)
+
+    def session_went(self, session: Session) -> None:
+        """A session is over."""
+        self.balance.withdraw(session)
+        self.aside.discard(session)
+        self._by_key.pop(session.key, None)
         self._by_address.clear()
-        self._by_key = {session.key: session for session in self.sessions.values()}
-        for session in self.sessions.values():
-            self.changed(session)
+
+    def session_changed(self, session: Session) -> None:
+        """A session has changed in what it is chosen by."""
+        self._by_address.clear()
+        self.changed(session)
 
     def offers(self, capability: str) -> bool:
         """Whether each of its clients does what the word stands for, so that any of them may be chosen."""
@@ -352,6 +400,8 @@ class Registry:
         self._only = only
         self._since = since
         self.tunnels: dict[str, Tunnel] = {}
+        self._served: set[Tunnel] = set()  # those that have a session
+        self._only_served: Tunnel | None = None  # if there is just one
         self._sessions = 0
         self._waiting: set[Tunnel] = set()
         self._parked: set[Tunnel] = set()  # those with sessions that nobody else will offer again
@@ -365,11 +415,15 @@ class Registry:
 
     def only_tunnel(self) -> Tunnel | None:
         """The only tunnel that is served now, or that ever was. Raises TunnelError."""
-        served = [tunnel for tunnel in self.tunnels.values() if tunnel.sessions]
-        candidates = served or list(self.tunnels.values())
-        if not candidates and (name := self._only()):
+        if self._served:
+            return self._only_served
+        if not self.tunnels and (name := self._only()):
             return self.tunnel(name)
-        return candidates[0] if len(candidates) == 1 else None
+        return next(iter(self.tunnels.values())) if len(self.tunnels) == 1 else None
+
+    def _served_changed(self) -> None:
+        # Not looked for by each request: the first of a set from which many have gone is far from its beginning.
+        self._only_served = next(iter(self._served)) if len(self._served) == 1 else None
 
     def remember(self, name: str, lost_at: float) -> None:
         """A tunnel of that name was registered at another process, and had a client there until then."""
@@ -395,12 +449,14 @@ class Registry:
         if session is None:
             self._sessions += 1
             session = Session(session_id, self._sessions, tunnel, grant, agent, now)
-            tunnel.sessions[session_id] = session
-            tunnel.lost_at = None
-            tunnel.sessions_changed()
+            tunnel.session_came(session)
+            if len(tunnel.sessions) == 1:
+                self._served.add(tunnel)
+                self._served_changed()
         session.wanted_links = max(session.wanted_links, index + 1)  # as at the server before this one
         replaced = session.links.get(index)
         session.links[index] = link
+        session.links_changed()
         link.session = session
         tunnel.changed(session)
         if replaced is not None:
@@ -416,9 +472,11 @@ class Registry:
         if session is None:
             return None
         session.lingering.discard(link)
-        for index, each in list(session.links.items()):
+        session.links_changed()
+        for index, each in session.links.items():
             if each is link:
                 del session.links[index]
+                break
         if session.links or session.tunnel.sessions.get(session.id) is not session:
             return None
         self.end(session, now)
@@ -429,24 +487,26 @@ class Registry:
         tunnel = session.tunnel
         if tunnel.sessions.pop(session.id, None) is None:
             return
-        tunnel.balance.withdraw(session)
-        tunnel.sessions_changed()
+        tunnel.session_went(session)
         if not tunnel.sessions:
             tunnel.lost_at = now
+            self._served.discard(tunnel)
+            self._served_changed()
 
     def drain(self, link: Link) -> None:
         """The client takes nothing new on the link: it ends with the last exchange on it."""
         link.draining = True
         session: Session | None = link.session
         if session is not None:
-            session.tunnel.sessions_changed()
+            session.links_changed()
+            session.tunnel.session_changed(session)
             session.close_if_done(link)
 
     def health(self, session: Session, healthy: bool, text: str) -> None:
         """What its client's checks of the backend say."""
         if session.healthy != healthy:
             session.healthy = healthy
-            session.tunnel.sessions_changed()
+            session.tunnel.session_changed(session)
         session.health_text = text
 
     def refused(self, link: Link) -> None:
@@ -548,8 +608,9 @@ class Registry:
                 raise TunnelError(ErrorCode.DESTINATION_UNAVAILABLE, "as many requests wait for a client as may")
         tunnel.waiting.append((now + wait, leg))
         self._waiting.add(tunnel)
-        for session in tunnel.sessions.values():
-            session.ask_for_links(len(tunnel.waiting), limits.max_links)
+        if len(tunnel.waiting) % _ASK_EVERY == 1:
+            for session in tunnel.sessions.values():
+                session.ask_for_links(len(tunnel.waiting) + _ASK_EVERY - 1, limits.max_links)
 
     def finished(self, tunnel: Tunnel) -> None:
         """An exchange of ``tunnel`` is over, whatever its fate."""
@@ -561,25 +622,33 @@ class Registry:
         tunnel = session.tunnel
         if tunnel.sessions.get(session.id) is session:
             tunnel.changed(session)
+        session.has_room(link)
         if link.draining:
             session.close_if_done(link)
         if tunnel.waiting:
             self.serve_waiting(tunnel, now)
 
-    def slots_allowed(self, session: Session, now: float) -> None:
-        """The session can take more than it said before."""
+    def slots_allowed(self, session: Session, now: float, link: Link | None = None) -> None:
+        """The session can take more than it said before, on that link if it says so of one."""
+        if link is not None:
+            session.has_room(link)
         session.tunnel.changed(session)
         self.serve_waiting(session.tunnel, now)
 
     def serve_waiting(self, tunnel: Tunnel, now: float) -> None:
         """Hand free slots to those who wait, in order."""
         passed = []  # those who have been to the sessions that are free
+        nowhere: set[frozenset[Session]] = set()  # who has been to these finds no place now
         while tunnel.waiting:
             # Taken out first: giving a slot may free another, and that one is for the next in line.
             place = tunnel.waiting.popleft()
             leg = place[1]
-            if leg.ended or self._assign(tunnel, leg, now):
+            if leg.ended:
                 continue
+            if leg.tried not in nowhere:
+                if self._assign(tunnel, leg, now):
+                    continue
+                nowhere.add(leg.tried)
             passed.append(place)
             if not leg.tried:
                 break
@@ -596,7 +665,7 @@ class Registry:
             for session in list(tunnel.balance.parked):
                 if tunnel.sessions.get(session.id) is not session:
                     tunnel.balance.withdraw(session)
-                elif session.may_serve(now) and session.choose_link() is not None:
+                elif session.may_serve(now) and session.choose_link(now) is not None:
                     tunnel.changed(session)
             if not tunnel.balance.parked:
                 self._parked.discard(tunnel)

@@ -139,6 +139,8 @@ class TokenStore:
         self._tokens: dict[str, Token] = {}
         self._identity: _Identity = None
         self._fault: str | None = None
+        self.loads = 0
+        "how often they have come to be other ones: whoever has held a grant against them need not again until then"
 
     def __repr__(self) -> str:
         return f"<TokenStore {self.path} tokens={len(self._tokens)} fault={self._fault!r}>"
@@ -166,6 +168,7 @@ class TokenStore:
         except TrustError as error:
             self._fail(str(error))
         self._fault = None
+        self.loads += 1
 
     def reload_if_changed(self) -> bool:
         """Read the file again if it is not the one read last; whether it was. One stat when it is.
@@ -195,11 +198,12 @@ class TokenStore:
         self._check_time(token, now)
         return Grant(token.id, _in_scope(token, tunnel), token.hosts, token.expires, token.digest)
 
-    def recheck(self, grant: Grant, now: datetime) -> None:
-        """Whether a grant still holds after the file has changed or time has passed. Raises as ``verify`` does."""
+    def recheck(self, grant: Grant, now: datetime) -> datetime | None:
+        """When a grant ends that still holds after the file has changed or time has passed. Raises as ``verify``."""
         token = self._find(grant.token_id, grant.digest)
         self._check_time(token, now)
         _in_scope(token, grant.tunnel)
+        return token.expires
 
     def holds(self, token_id: str, kind: NameKind, name: str, now: datetime) -> bool:
         """Whether a token is good now, and for that tunnel or custom host, in its one form. Raises TrustError."""
@@ -287,6 +291,7 @@ class TokenStore:
         tokens = {**self._tokens, token.id: token}
         write_private(self.path, _dump(tokens.values()))
         self._tokens, self._identity = tokens, self._stat()
+        self.loads += 1
 
     def _stat(self) -> _Identity:
         try:
@@ -301,6 +306,7 @@ class TokenStore:
 
     def _fail(self, fault: str) -> NoReturn:
         self._tokens, self._fault = {}, fault
+        self.loads += 1
         raise TrustError(fault) from None
 
 
