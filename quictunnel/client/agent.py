@@ -192,6 +192,7 @@ class Agent(LinkOwner):
         self._announcing: asyncio.TimerHandle | None = None
         self._group: asyncio.TaskGroup | None = None
         self._stopping = False
+        self._alarmed_at = 0.0  # when an answer was missing on one of the links
         self.tunnel = config.tunnel
         self.welcomed = asyncio.Event()  # there has been a welcome
         self.serving = False
@@ -638,6 +639,8 @@ class Agent(LinkOwner):
         replaced = self._slots.get(keeper.slot)
         self._slots[keeper.slot] = keeper
         self._keepers[keeper.link] = keeper
+        keeper.beside = lambda: len(self._keepers) // self._workers
+        keeper.on_missing = partial(self._missing, keeper)
         if self._group is not None:
             self._group.create_task(keeper.tend(), name=f"keeper {keeper.slot.worker}.{keeper.slot.number}")
         if replaced is not None:
@@ -655,6 +658,16 @@ class Agent(LinkOwner):
             self._announce_when_whole(welcome)
         for message in self._early.pop(keeper.link, ()):
             self._told(keeper, message)
+
+    def _missing(self, keeper: Keeper) -> None:
+        """An answer is missing on a link: if it is the server that is gone, it is so on the others."""
+        now = asyncio.get_running_loop().time()
+        if now - self._alarmed_at < FAST_PING_EVERY:
+            return  # they have been told
+        self._alarmed_at = now
+        for each in self._keepers.values():
+            if each is not keeper and (each.place, each.slot.worker) == (keeper.place, keeper.slot.worker):
+                each.alarm()
 
     def _announce_when_whole(self, welcome: Welcome) -> None:
         """Say that the session is served: when each process of the server has a link, or soon in any case."""

@@ -74,6 +74,8 @@ class FanOut:
         """Join ``leg`` to a new leg of the backend; the head that is returned goes to it next."""
         if head.scheme == PROBE.scheme:
             join(leg, _ProbeLeg())
+            if leg.link is not None:
+                leg.link.probed += 1
             return head
         self.count += 1
         if head.method == b"CONNECT":

@@ -1,6 +1,7 @@
 """One link as its client keeps it: pinged, moved to another socket when it falls silent, and known when it is dead."""
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, NamedTuple
 
@@ -14,9 +15,14 @@ from quictunnel.wire.errors import ErrorCode
 
 __all__ = ["Keeper", "Slot"]
 
-PING_EVERY: Final = 2.0
+PING_EVERY: Final = 1.0
 BUSY_PING_EVERY: Final = 0.5
 "seconds after which a link that is not heard is pinged, and one that has carried something lately"
+
+PINGED_ALONE: Final = 16
+SLOWEST_PING_EVERY: Final = 2.0
+"""of more links to the same process each is pinged less often, down to once in so many seconds: that they all have lost
+it is found out by whichever misses an answer first, and tells the others"""
 
 BUSY_FOR: Final = 10.0
 "seconds, after an exchange began"
@@ -44,6 +50,10 @@ MOVE_EVERY: Final = 2.0
 TROUBLED_MOVE_EVERY: Final = 1.0
 """seconds: of silence with a fast ping missing after which a link goes on over another socket, and then again, sooner
 if its packets cannot leave. Not oftener: qh3's server follows a connection to three other addresses and no further."""
+
+
+_GOLDEN: Final = 0.618
+"a fraction whose multiples spread evenly"
 
 
 class Slot(NamedTuple):
@@ -84,6 +94,10 @@ class Keeper:
         self._changed = asyncio.Event()  # for who watches over its slot
         self._woken = asyncio.Event()  # for its own task
         self._pings: list[float] = []  # sent, of late
+        self.beside: Callable[[], int] = lambda: 1  # how many links go to the same process, this one among them
+        self.on_missing: Callable[[], None] = lambda: None  # an answer is missing
+        self._missed = False  # which was told
+        self._alarmed = False  # one is missing on another link
         self._pinged_at = self.since
         self._moved_at = 0.0
         self._begun = 0  # exchanges, when it was last looked
@@ -117,6 +131,12 @@ class Keeper:
         """Something was said of the link that must not wait for the next ping: it was closed, or refused."""
         self._woken.set()
 
+    def alarm(self) -> None:
+        """An answer is missing on another link to the same process: see whether one comes on this."""
+        if not self._missing():
+            self._alarmed = True
+            self._woken.set()
+
     def _trouble(self) -> None:
         self._has_trouble = True
         self._woken.set()
@@ -141,23 +161,37 @@ class Keeper:
         self._woken.clear()
         if self.link.closed is None:
             self.link.end_stalled()
-            if self.link.begun != self._begun:
-                self._begun = self.link.begun
+            # The server's probes come all the time.
+            if (begun := self.link.begun - self.link.probed) != self._begun:
+                self._begun = begun
                 self._busy_until = self._loop.time() + BUSY_FOR
             if self._loop.time() >= self._due():
+                self._tell_missing()
                 self._ping()
 
     def _due(self) -> float:
         """When the next ping is, as far as is known now."""
         # Whatever is heard says as much as the answer to a ping does.
         busy = self.link.exchanges or self._loop.time() < self._busy_until
-        due = max(self._pinged_at, self.link.heard_at) + (BUSY_PING_EVERY if busy else PING_EVERY)
+        every = BUSY_PING_EVERY if busy else PING_EVERY
+        if (links := self.beside()) > PINGED_ALONE:
+            # Not all at the same time, though a probe may have come on each of them at once.
+            every = max(every, min(links / PINGED_ALONE, SLOWEST_PING_EVERY) * (1 + self.slot.number * _GOLDEN % 1) / 2)
+        heard = max(self._pinged_at, self.link.heard_at)
+        due = heard + (FAST_PING_EVERY if self._alarmed else every)
         missing = self._missing()
         if missing and self.link.silent_for() < FAST_FOR:
             due = min(due, max(missing[0] + self._answer_time(), self._pinged_at + FAST_PING_EVERY))
         return due
 
+    def _tell_missing(self) -> None:
+        missed = bool(self._missing())
+        if missed and not self._missed:
+            self.on_missing()
+        self._missed = missed
+
     def _ping(self) -> None:
+        self._alarmed = False
         self._pinged_at = self._loop.time()
         self._pings = [*self._missing(), self._pinged_at]
         self.link.ping()

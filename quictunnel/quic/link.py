@@ -151,6 +151,7 @@ class Link:
         self._deaf: set[int] = set()
         self._stalled: dict[StreamLeg, float] = {}  # those that wait for credit, since when
         self.begun = 0  # streams of the peer's that were ever seen
+        self.probed = 0  # those of them that were only probes
         self.opened = 0  # streams of ours, ever
         self._allowed = 0  # how many the peer allows, as far as we last looked
         self._starved = False  # it allowed no more when we did

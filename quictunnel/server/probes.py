@@ -6,6 +6,7 @@ where it matters: it is closed, its client dials another, and what it held is re
 """
 
 from collections.abc import Callable
+from math import ceil
 from typing import TYPE_CHECKING, Final
 
 from quictunnel.quic.link import HEAD_LIMIT, SUSPECT_AFTER
@@ -26,6 +27,10 @@ PROBE_EVERY: Final = 4.0
 PROBE_TIME: Final = 4.0
 "seconds"
 
+_ROUND: Final = 1.0
+_PARTS: Final = 9
+"a round, in seconds, and in how many calls it is done: one less than there are"
+
 
 class Prober:
     """Asks each link of a registry that has not answered anything lately."""
@@ -36,10 +41,30 @@ class Prober:
         self._budget = budget
         self._clock = clock
         self._asked: dict[Link, tuple[float, RequestLeg]] = {}  # since when, by what
+        self._round: list[Session] = []  # those that are still to be looked at
+        self._round_at = 0.0
+        self._at_once = 0
 
     def look(self) -> None:
-        """Ask who is to be asked, and close what has not answered; called every second."""
+        """Ask who is to be asked, and close what has not answered; called ten times a second.
+
+        Each session has its turn once a second: of very many some at a time, so that no request waits for all of them.
+        """
         now = self._clock()
+        self._judge(now)
+        if not self._round and now >= self._round_at:
+            self._round_at = now + _ROUND
+            self._round = self._registry.sessions()
+            self._at_once = ceil(len(self._round) / _PARTS)
+        part, self._round = self._round[: self._at_once], self._round[self._at_once :]
+        for session in part:
+            if PROBE_CAPABILITY in session.capabilities:
+                for link in list(session.links.values()):
+                    if now - link.answered_at > PROBE_EVERY and link not in self._asked and link.has_slot():
+                        self._ask(session, link, now)
+
+    def _judge(self, now: float) -> None:
+        """Close what has not answered."""
         for link, (since, leg) in list(self._asked.items()):
             if leg.ended or link.closed is not None:
                 del self._asked[link]
@@ -50,11 +75,6 @@ class Prober:
             elif now - since > PROBE_TIME:
                 del self._asked[link]
                 link.close(ErrorCode.INTERNAL_ERROR, f"a probe of this link was not answered within {PROBE_TIME:g} s")
-        for session in self._registry.sessions():
-            if PROBE_CAPABILITY in session.capabilities:
-                for link in list(session.links.values()):
-                    if now - link.answered_at > PROBE_EVERY and link not in self._asked and link.has_slot():
-                        self._ask(session, link, now)
 
     def _ask(self, session: "Session", link: "Link", now: float) -> None:
         leg = RequestLeg(self._budget, HEAD_LIMIT)  # joined to nobody: that something comes back is all

@@ -362,6 +362,17 @@ class Tunnel:
         """Whether each of its clients does what the word stands for, so that any of them may be chosen."""
         return bool(self.sessions) and all(capability in each.capabilities for each in self.sessions.values())
 
+    def why_none_was_free(self) -> TunnelError:
+        """What those are told who have waited too long."""
+        if not self.is_served():
+            return TunnelError(ErrorCode.DESTINATION_UNAVAILABLE)
+        links = sum(len(session.links) for session in self.sessions.values())
+        return TunnelError(
+            ErrorCode.CONNECTION_LIMIT_REACHED,
+            f"No stream came free in time on the {links} link{'s'[: links != 1]} of the tunnel's clients, "
+            f"{SLOTS} on each (connect --max-links).",
+        )
+
     def is_served(self) -> bool:
         """Whether a client is there that was heard lately."""
         return any(not session.is_suspect() for session in self.sessions.values())
@@ -400,7 +411,7 @@ class Registry:
         self._only = only
         self._since = since
         self.tunnels: dict[str, Tunnel] = {}
-        self._served: set[Tunnel] = set()  # those that have a session
+        self._served: dict[Tunnel, None] = {}  # those that have a session
         self._only_served: Tunnel | None = None  # if there is just one
         self._sessions = 0
         self._waiting: set[Tunnel] = set()
@@ -422,7 +433,7 @@ class Registry:
         return next(iter(self.tunnels.values())) if len(self.tunnels) == 1 else None
 
     def _served_changed(self) -> None:
-        # Not looked for by each request: the first of a set from which many have gone is far from its beginning.
+        # Not looked for by each request: the first of a table from which many have gone is far from its beginning.
         self._only_served = next(iter(self._served)) if len(self._served) == 1 else None
 
     def remember(self, name: str, lost_at: float) -> None:
@@ -432,7 +443,7 @@ class Registry:
 
     def sessions(self) -> list[Session]:
         """Every session."""
-        return [session for tunnel in self.tunnels.values() for session in tunnel.sessions.values()]
+        return [session for tunnel in self._served for session in tunnel.sessions.values()]
 
     # Clients come and go
 
@@ -451,7 +462,7 @@ class Registry:
             session = Session(session_id, self._sessions, tunnel, grant, agent, now)
             tunnel.session_came(session)
             if len(tunnel.sessions) == 1:
-                self._served.add(tunnel)
+                self._served[tunnel] = None
                 self._served_changed()
         session.wanted_links = max(session.wanted_links, index + 1)  # as at the server before this one
         replaced = session.links.get(index)
@@ -490,7 +501,7 @@ class Registry:
         tunnel.session_went(session)
         if not tunnel.sessions:
             tunnel.lost_at = now
-            self._served.discard(tunnel)
+            self._served.pop(tunnel, None)
             self._served_changed()
 
     def drain(self, link: Link) -> None:
@@ -515,7 +526,7 @@ class Registry:
 
     def rescue(self) -> None:
         """Give what waits on suspect links to others that are heard; called every second or so."""
-        for tunnel in self.tunnels.values():
+        for tunnel in list(self._served):
             suspects = [
                 link
                 for session in tunnel.sessions.values()
@@ -550,7 +561,10 @@ class Registry:
     def dispatch(self, tunnel: Tunnel, leg: RequestLeg, now: float) -> None:
         """Give ``leg`` a slot now, or a place in the queue. Raises TunnelError when there is no hope of one."""
         if tunnel.in_flight >= self.limits.in_flight:
-            raise TunnelError(ErrorCode.CONNECTION_LIMIT_REACHED, "the tunnel has as many requests in flight as it may")
+            raise TunnelError(
+                ErrorCode.CONNECTION_LIMIT_REACHED,
+                f"The tunnel has {tunnel.in_flight} requests in flight, as many as it may (serve --max-in-flight).",
+            )
         if tunnel.waiting or not self._assign(tunnel, leg, now):
             self._wait(tunnel, leg, now)
         tunnel.in_flight += 1
@@ -676,11 +690,12 @@ class Registry:
             tunnel.waiting = deque(place for place in places if place[0] > now)
             if not tunnel.waiting:
                 self._waiting.discard(tunnel)
-            code = ErrorCode.CONNECTION_LIMIT_REACHED if tunnel.is_served() else ErrorCode.DESTINATION_UNAVAILABLE
-            for until, leg in places:
-                if until <= now:
+            late = [leg for until, leg in places if until <= now]
+            if late:
+                why = tunnel.why_none_was_free()
+                for leg in late:
                     visitor = leg.peer
-                    error = leg.failure or TunnelError(code)
+                    error = leg.failure or why
                     leg.abort(error)
                     visitor.abort(error)
 

@@ -268,10 +268,10 @@ class Server:
         self._ticker = self._loop.call_later(0.1, self._tick)
         self._ticks += 1
         self.registry.look_again(self._loop.time())
+        self.prober.look()
         if self._ticks % 10 == 0:
             self.gate.recheck_tokens()
             self.registry.rescue()
-            self.prober.look()
         if self._ticks % 100 == 0:
             for session in self.registry.sessions():
                 session.retire_links()
