@@ -356,7 +356,7 @@ class ConnectSettings(LogSettings):
         2, "good answers in a row after which it is told that all is well"
     )
     max_links: Annotated[int, _whole(1, 1024), LIMITS, Option("N")] = _default(
-        16, "QUIC connections, each of about 100 streams"
+        64, "QUIC connections that are opened as the load needs them, each of 100 streams"
     )
     window_budget: Annotated[int, _size(0, 2**40), LIMITS, Option("SIZE")] = _default(
         "32MiB", "what all flow-control windows may grow by together"

@@ -10,7 +10,7 @@ from typing import Final
 from loguru import logger
 
 from quictunnel.app.identity import identity_of
-from quictunnel.app.process import calm_collector, choose_engine, say, stop_signals
+from quictunnel.app.process import calm_collector, choose_engine, raise_file_limit, say, stop_signals
 from quictunnel.app.serve import make_server
 from quictunnel.backends.asgi import AsgiBackend
 from quictunnel.client.agent import Agent, AgentConfig
@@ -36,6 +36,7 @@ START_TIME: Final = 15.0
 async def demo(settings: DemoSettings) -> int:
     """Show the whole tunnel at work until Ctrl-C, or once; the exit status. Raises CommandError and OSError."""
     engine = choose_engine(settings.engine)
+    raise_file_limit()
     with tempfile.TemporaryDirectory(prefix="quictunnel-demo-") as directory, stop_signals() as stopped:
         return await _demo(settings, engine, Path(directory), stopped)
 

@@ -1,17 +1,24 @@
 """What every long-running command does with its process: its engine, signals, and facts for whoever waits."""
 
 import asyncio
+import functools
 import gc
 import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Final
+
+from loguru import logger
 
 from quictunnel.app.supervise import Parent
 from quictunnel.options import CommandError
 from quictunnel.quic.engine import Engine, select_engine
 
-__all__ = ["calm_collector", "choose_engine", "hang_up", "raise_file_limit", "say", "stop_signals"]
+__all__ = ["calm_collector", "choose_engine", "hang_up", "raise_file_limit", "say", "stop_signals", "visitors_allowed"]
+
+_OTHER_FILES: Final = 320
+"that a server has open beside its visitors' sockets, the visitors too many among them that are told so"
 
 
 def choose_engine(name: str) -> Engine:
@@ -74,6 +81,27 @@ def raise_file_limit() -> None:
     if soft != hard:
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def visitors_allowed(wanted: int) -> int:
+    """As many visitors as are wanted, or as fit into the files that this process may open; then it warns, once.
+
+    Whoever comes when there are no more files is disconnected without a word; whoever comes beyond this is told why.
+    """
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    room = max(files - _OTHER_FILES, files // 2)
+    if files == resource.RLIM_INFINITY or room >= wanted:
+        return wanted
+    _tell_few_files(files, wanted, room)
+    return room
+
+
+@functools.cache
+def _tell_few_files(files: int, wanted: int, room: int) -> None:
+    logger.warning(
+        "{} visitors at a time instead of {}: this process may open {} files (`ulimit -Hn`, LimitNOFILE= of systemd)",
+        room, wanted, files,
+    )  # fmt: skip
 
 
 def calm_collector() -> None:

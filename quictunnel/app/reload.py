@@ -11,6 +11,7 @@ from loguru import logger
 
 from quictunnel import log
 from quictunnel.app.identity import Identity, identity_of
+from quictunnel.app.process import visitors_allowed
 from quictunnel.app.renewal import check_log, flags, renewed, told
 from quictunnel.http.visitor import VisitorLimits
 from quictunnel.log import AccessLog
@@ -144,7 +145,7 @@ def server_config(settings: ServeSettings, identity: Identity, worker: int = 0) 
             idle_time=settings.keep_alive,
             body_idle_time=settings.body_idle,
             write_idle_time=settings.write_idle,
-            connections=-(-settings.max_visitors // workers),
+            connections=visitors_allowed(-(-settings.max_visitors // workers)),
         ),
         registry=RegistryLimits(
             in_flight=-(-settings.max_in_flight // workers),

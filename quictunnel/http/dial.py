@@ -109,6 +109,8 @@ class Dialler:
             return TunnelError(ErrorCode.TLS_ERROR)
         if isinstance(error, OSError):
             code = _BY_ERRNO.get(_errno(error))
+            if code is ErrorCode.CONNECTION_LIMIT_REACHED:
+                return TunnelError(code, "The tunnel's client can open no more files (ulimit -n).")
             if code is not None:
                 return TunnelError(code)
             # The connection stood when it was lost, so it is the handshake that failed.

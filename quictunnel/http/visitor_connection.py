@@ -123,7 +123,8 @@ class VisitorConnection(VisitorOutput):
         self.deadline = self._loop.time() + (listener.linger_time if listener.draining else listener.limits.head_time)
         if not listener.admit(self):
             if not transport.is_closing():
-                self._refuse(TunnelError(ErrorCode.CONNECTION_LIMIT_REACHED, "There are too many connections now."))
+                text = "There are as many visitors as may be (serve --max-visitors)."
+                self._refuse(TunnelError(ErrorCode.CONNECTION_LIMIT_REACHED, text))
         elif self._scheme == b"https":
             self._unread = None
             if transport.get_extra_info("ssl_object").selected_alpn_protocol() == "h2":
