@@ -22,7 +22,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final, cast
 
-from quictunnel.cli import _loop_factory
+try:
+    from uvloop import new_event_loop
+except ImportError:
+    from asyncio import new_event_loop
 
 __all__ = ["Crowd", "Held", "HeldBackend", "descriptors", "held_backend"]
 
@@ -132,6 +135,14 @@ class HeldBackend:
         """How many polls wait and WebSockets are open."""
         found: dict[str, int] = json.loads(await ask((("127.0.0.1", self.port)), "/count"))
         return found
+
+    async def reached(self, kind: str, count: int, missing: Callable[[], int] = lambda: 0, limit: float = 60.0) -> None:
+        """Wait until so many polls or WebSockets are there, those left out that are ``missing`` for good."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + limit
+        while (found := (await self.count())[f"{kind}s"]) != count - missing():
+            assert loop.time() < until, f"{found} of {count} {kind}s are there"
+            await asyncio.sleep(0.05)
 
 
 @asynccontextmanager
@@ -280,5 +291,5 @@ class Crowd:
 
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(_serve())
