@@ -1,11 +1,23 @@
 """aioquic, held back where it gives strangers room; the one file that relies on what is private in it."""
 
+from collections.abc import Iterable
 from typing import Any, Final
 
+from aioquic._buffer import Buffer
+from aioquic.quic.congestion.base import register_congestion_control
+from aioquic.quic.congestion.reno import RenoCongestionControl
 from aioquic.quic.connection import QuicConnection, QuicConnectionError
-from aioquic.quic.packet import QuicErrorCode
+from aioquic.quic.events import PingAcknowledged
+from aioquic.quic.packet import QuicErrorCode, QuicFrameType, QuicPacketType, pull_quic_transport_parameters
+from aioquic.quic.packet_builder import QuicDeliveryState, QuicPacketBuilder, QuicSentPacket
+from aioquic.tls import Epoch
 
-__all__ = ["ReinedConnection"]
+from quictunnel.quic.path_mtu import BASE, LARGEST
+
+__all__ = ["CONGESTION_CONTROL", "ReinedConnection"]
+
+CONGESTION_CONTROL: Final = "quictunnel"
+"the name in a configuration of what ``_Congestion`` does"
 
 # What may be missing before the bytes that a peer has sent out of order, on one stream and on all of a connection.
 # On one stream it is what a path loses of a burst; a control stream never has more under way. On all streams it is the
@@ -19,6 +31,51 @@ _FRAGMENTS_LIMIT: Final = 1024
 
 _NEW_PATH_PACKETS: Final = 4
 "that may be sent on a new path whatever was under way on the old one"
+
+
+_LARGE_LOST: Final = 8
+"""packets larger than BASE that are lost, with none acknowledged in between, before large ones count as lost for their
+size: losses by chance at 10 % do that once in a hundred million packets"""
+
+_TIMED_OUT: Final = 3
+"such losses that a large packet counts for which waits for an acknowledgement until a time-out"
+
+
+class _Congestion(RenoCongestionControl):
+    """aioquic's Reno, which also keeps count of large packets that do not arrive."""
+
+    def __init__(self, *, max_datagram_size: int) -> None:
+        super().__init__(max_datagram_size=max_datagram_size)
+        self.large_lost = 0
+
+    def on_packet_acked(self, *, now: float, packet: QuicSentPacket) -> None:
+        if packet.sent_bytes > BASE:
+            self.large_lost = 0
+        super().on_packet_acked(now=now, packet=packet)
+
+    def on_packets_lost(self, *, now: float, packets: Iterable[QuicSentPacket]) -> None:
+        for packet in packets:
+            if packet.sent_bytes > BASE:
+                self.large_lost += 1
+        super().on_packets_lost(now=now, packets=packets)
+
+    def on_packets_expired(self, *, packets: Iterable[QuicSentPacket]) -> None:
+        expired = list(packets)
+        for packet in expired:
+            if packet.sent_bytes > BASE:
+                self.large_lost += _TIMED_OUT
+        super().on_packets_expired(packets=expired)
+
+    def resize(self, size: int) -> None:
+        """Go on with datagrams of another size (RFC 9002 section 7.2)."""
+        self._max_datagram_size = size
+        if self.ssthresh is None:
+            self.congestion_window = max(self.congestion_window, min(10 * size, max(14_720, 2 * size)))
+        self.congestion_window = max(self.congestion_window, 2 * size)
+        self.large_lost = 0
+
+
+register_congestion_control(CONGESTION_CONTROL, _Congestion)
 
 
 class ReinedConnection(QuicConnection):
@@ -37,6 +94,12 @@ class ReinedConnection(QuicConnection):
         self._local_max_streams_uni.value = self._local_max_streams_uni.sent = 0
         if not self._is_client:
             self._local_max_streams_bidi.value = self._local_max_streams_bidi.sent = 1
+        congestion = self._loss._cc
+        assert isinstance(congestion, _Congestion), "another algorithm is configured"
+        self._congestion = congestion
+        self.datagram_limit = LARGEST
+        "bytes of a datagram that the peer takes, and this library can make"
+        self._probes: list[tuple[int, int]] = []  # datagrams of which sizes are to be tried, and their pings
 
     def _handle_stream_frame(self, context: Any, frame_type: int, buf: Any) -> None:
         if frame_type & 4:  # it has an offset (RFC 9000 section 19.8)
@@ -77,6 +140,78 @@ class ReinedConnection(QuicConnection):
         recovery._cc.congestion_window = max(
             recovery.congestion_window, recovery.bytes_in_flight + _NEW_PATH_PACKETS * self._max_datagram_size
         )
+
+    # Datagrams' size
+
+    @property
+    def datagram_size(self) -> int:
+        """Bytes of the largest datagram that is sent, probes left out."""
+        size: int = self._max_datagram_size
+        return size
+
+    def hold_datagram_size(self) -> None:
+        """Send datagrams of up to BASE until it is known how large they may be."""
+        self.use_datagram_size(BASE)
+
+    def use_datagram_size(self, size: int) -> None:
+        """Send datagrams of up to ``size`` bytes from now on."""
+        if size != self._max_datagram_size:
+            self._max_datagram_size = size
+            self._loss._pacer._max_datagram_size = size
+            self._congestion.resize(size)
+
+    def probe_datagram_size(self, size: int, uid: int) -> None:
+        """Send a datagram of ``size`` bytes which nothing is lost with; PingAcknowledged tells when it has arrived."""
+        self._probes.append((size, uid))
+
+    def loses_large(self) -> bool:
+        """Whether datagrams larger than BASE seem not to arrive any more."""
+        return self._max_datagram_size > BASE and self._congestion.large_lost >= _LARGE_LOST
+
+    def datagrams_to_send(self, now: float) -> list[tuple[bytes, Any]]:
+        datagrams: list[tuple[bytes, Any]] = super().datagrams_to_send(now)
+        if self._probes and self._handshake_confirmed and not self._close_pending and self._close_event is None:
+            datagrams += self._send_probes(now)
+        return datagrams
+
+    def _send_probes(self, now: float) -> list[tuple[bytes, Any]]:
+        path = self._network_paths[0]
+        if not path.is_validated or self._version is None:
+            return []
+        probes, self._probes = self._probes, []
+        datagrams: list[tuple[bytes, Any]] = []
+        for size, uid in probes:
+            if size > self.datagram_limit:
+                continue
+            builder = QuicPacketBuilder(
+                host_cid=self.host_cid,
+                is_client=self._is_client,
+                max_datagram_size=size,
+                packet_number=self._packet_number,
+                peer_cid=self._peer_cid.cid,
+                spin_bit=self._spin_bit,
+                version=self._version,
+            )
+            builder.start_packet(QuicPacketType.ONE_RTT, self._cryptos[Epoch.ONE_RTT])
+            buf = builder.start_frame(QuicFrameType.PING, handler=self._on_probe_delivery, handler_args=(uid,))
+            buf.push_bytes(bytes(builder.remaining_buffer_space))
+            # Neither counted as under way nor waited for: its loss says nothing of congestion, and no time-out is to
+            # repeat it (RFC 9000 section 14.4).
+            packet = builder._packet
+            assert packet is not None
+            packet.is_ack_eliciting = packet.in_flight = False
+            datagrams += self._flush_builder(builder=builder, network_path=path, peer_cid=self._peer_cid.cid, now=now)
+        return datagrams
+
+    def _on_probe_delivery(self, delivery: QuicDeliveryState, uid: int) -> None:
+        if delivery is QuicDeliveryState.ACKED:
+            self._events.append(PingAcknowledged(uid=uid))
+
+    def _parse_transport_parameters(self, data: bytes, from_session_ticket: bool = False) -> None:
+        super()._parse_transport_parameters(data, from_session_ticket)
+        limit = pull_quic_transport_parameters(Buffer(data=data)).max_udp_payload_size
+        if limit is not None and not from_session_ticket:
+            self.datagram_limit = min(self.datagram_limit, limit)
 
     def get_send_buffer_size(self, stream_id: int | None = None) -> int:
         """What qh3 has by the same name."""

@@ -11,6 +11,7 @@ from loguru import logger
 
 from quictunnel.quic.engine import ClientTrust, Engine
 from quictunnel.quic.link import Link, LinkClosed, LinkOwner
+from quictunnel.quic.path_mtu import BASE, forbid_fragments, route_limit
 from quictunnel.quic.sockets import DATAGRAM_SIZE, DatagramSocket, enlarge_buffers
 from quictunnel.quic.tickets import Tickets
 from quictunnel.wire.credit import WindowBudget
@@ -89,6 +90,7 @@ class Way:
         "called when what was sent cannot have left this machine"
 
         self._socket: DatagramSocket | None = None
+        self._whole = False  # datagrams leave in one piece or not at all
         self._before: DatagramSocket | None = None  # until something comes by the new one: it may be the better
 
     @property
@@ -101,6 +103,7 @@ class Way:
         sock = socket.socket(self.endpoint.family, socket.SOCK_DGRAM)
         try:
             enlarge_buffers(sock)
+            self._whole = forbid_fragments(sock)
             sock.connect(self.endpoint.address)
         except OSError as error:
             sock.close()
@@ -138,6 +141,10 @@ class Way:
             self.link.owner.link_refused(self.link)
         elif error.errno in _NO_ROUTE:
             self.on_trouble()
+
+    def datagram_limit(self, address: Any) -> int:
+        """Bytes of the largest datagram that can leave by the present socket."""
+        return route_limit(self._socket.sock) if self._whole and self._socket is not None else BASE
 
     def send(self, data: bytes, address: Any) -> None:
         if self._socket is not None:
@@ -211,7 +218,9 @@ async def dial(
         way.open()
     except DialError as error:
         raise DialError(f"{endpoint}: {error}") from None
-    link = way.link = Link(engine, connection, way.send, waiter, budget, is_client=True)
+    link = way.link = Link(
+        engine, connection, way.send, waiter, budget, is_client=True, datagram_limit=way.datagram_limit
+    )
     link.on_terminated = way.terminated
     way.on_trouble = lambda: waiter.fail(DialError("there is no route to it"))
     try:

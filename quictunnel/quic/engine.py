@@ -70,6 +70,27 @@ class Connection(Protocol):
     def get_send_buffer_size(self, stream_id: int | None = ...) -> int:
         """Bytes written to a stream, or to all of them, that have never been sent."""
 
+    # What the reins add
+
+    datagram_limit: int
+    "bytes of the largest datagram that the peer takes and the library can make"
+
+    @property
+    def datagram_size(self) -> int:
+        """Bytes of the largest datagram that is sent, probes left out."""
+
+    def hold_datagram_size(self) -> None:
+        """Send datagrams of up to 1200 bytes until it is known how large they may be."""
+
+    def use_datagram_size(self, size: int) -> None:
+        """Send datagrams of up to ``size`` bytes from now on; ``datagram_limit`` says which is the largest after it."""
+
+    def probe_datagram_size(self, size: int, uid: int) -> None:
+        """Send one of ``size`` bytes which nothing is lost with; PingAcknowledged with ``uid`` tells that it came."""
+
+    def loses_large(self) -> bool:
+        """Whether datagrams larger than 1200 bytes seem not to arrive any more; asked after time-outs and pings."""
+
 
 # What the libraries raise, each in its own way, for a direction of a stream that is over.
 STREAM_OVER: Final = (AssertionError, ValueError, RuntimeError)
@@ -113,6 +134,9 @@ class Engine:
     configuration: Callable[..., Any]
     connection_error: type[Exception]
     "what a connection that its peer has closed raises"
+
+    congestion_control: str | None
+    "the name of an algorithm, where the library has a choice"
 
     events: Any
     "the module of event classes: StreamDataReceived, StreamReset, StopSendingReceived, PingAcknowledged, …"
@@ -192,6 +216,8 @@ class Engine:
             connection.path_changed()  # type: ignore[attr-defined]
 
     def _configuration(self, **options: Any) -> Any:
+        if self.congestion_control is not None:
+            options["congestion_control_algorithm"] = self.congestion_control
         return self.configuration(
             alpn_protocols=[ALPN],
             supported_versions=[1],
@@ -214,7 +240,7 @@ def select_engine(name: str) -> Engine:
             f"the QUIC engine {name} is not installed: pip install 'quictunnel[fast]', or use --engine aioquic"
         )
     connection = import_module(f"{name}.quic.connection")
-    reined = import_module(f"quictunnel.quic.{name}_reins").ReinedConnection
+    reins = import_module(f"quictunnel.quic.{name}_reins")
     return Engine(
         name=name,
         # qh3 2.1 counts what it received from an unvalidated address too low, and fails in its first flight to a
@@ -231,7 +257,8 @@ def select_engine(name: str) -> Engine:
         # qh3 2.1 drops what comes from a fifth address. tests/quic shows it.
         address_changes=3 if name == "qh3" else None,
         sends_before_events=name == "qh3",
-        connection=reined,
+        connection=reins.ReinedConnection,
+        congestion_control=reins.CONGESTION_CONTROL,
         connection_error=connection.QuicConnectionError,
         configuration=import_module(f"{name}.quic.configuration").QuicConfiguration,
         events=import_module(f"{name}.quic.events"),

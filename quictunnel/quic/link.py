@@ -18,6 +18,7 @@ from mypy_extensions import mypyc_attr
 from quictunnel.exchange import VOID
 from quictunnel.log import escape
 from quictunnel.quic.engine import STREAM_OVER, Connection, Engine
+from quictunnel.quic.path_mtu import BASE, PathMtu
 from quictunnel.quic.sockets import QUOTED
 from quictunnel.quic.stream import StreamLeg
 from quictunnel.wire.control import (
@@ -53,6 +54,13 @@ _BURST: Final = 8
 
 _REMEMBERED: Final = 256
 "datagrams of which it is remembered how they began: more are seldom under way"
+
+_PROBE_UIDS: Final = 1 << 32
+"from which pings are numbered that probe a path's datagram size, apart from those that ask for the round trip"
+
+_PROBE_WAIT: Final = 0.3
+_UNKNOWN_WAIT: Final = 1.0
+"seconds, or four round trips, that a probe of a size may take, and if the round trip is not known"
 
 _CONTROL_LIMIT: Final = 256 * 1024
 "bytes of control messages that wait for the peer to read: far more than hours of credit are"
@@ -128,7 +136,9 @@ class Link:
         budget: WindowBudget,
         *,
         is_client: bool,
+        datagram_limit: Callable[[Any], int] = lambda address: BASE,
     ) -> None:
+        """``datagram_limit`` says how large a datagram may be to leave for an address: larger ones are not tried."""
         self.engine = engine
         self.is_client = is_client
         self.budget = budget
@@ -179,6 +189,12 @@ class Link:
         self._pings: dict[int, float] = {}
         self._ping_count = 0
         self._pinged_at = 0.0
+
+        # the size of datagrams
+        self._path = PathMtu()
+        self._datagram_limit = datagram_limit
+        self._probes: dict[int, int] = {}  # sizes that are asked for, by the number of their ping
+        self._prober: asyncio.TimerHandle | None = None
 
         # for one turn of the loop
         self._dirty: list[StreamLeg] = []
@@ -302,6 +318,7 @@ class Link:
         """This end sends from another address than before: ask whether it is heard there."""
         if self.closed is None:
             self.engine.path_changed(self._connection)
+            self._measure_path()
             self.ping()
 
     def ping(self) -> None:
@@ -318,6 +335,11 @@ class Link:
         except Exception as error:
             self._broken(error)
         self.schedule()
+
+    @property
+    def datagram_size(self) -> int:
+        """Bytes of the largest datagram that is sent on the link."""
+        return self._connection.datagram_size
 
     def close(self, code: int = ErrorCode.NO_ERROR, reason: str = "") -> None:
         """End the link now: what is under way on it is aborted."""
@@ -458,6 +480,7 @@ class Link:
             if at is not None and at <= now + 0.001:
                 self._connection.handle_timer(now=max(at, now))
                 self._events()
+                self._watch_path()
                 self.schedule()
             else:
                 self._arm(at, now)
@@ -491,6 +514,7 @@ class Link:
         self.on_address(self, before)
         if before is not None:
             self.address_changes += 1
+            self._measure_path()
             self.owner.link_moved(self)
 
     def _events(self) -> None:
@@ -510,6 +534,7 @@ class Link:
             elif kind is events.HandshakeCompleted:
                 self.ready = True
                 self.resumed = event.session_resumed
+                self._measure_path()
                 self.owner.link_ready(self)
             elif kind is events.ConnectionIdIssued:
                 self.on_connection_id(self, event.connection_id, True)
@@ -588,11 +613,70 @@ class Link:
         return self._control_room < 0
 
     def _ping_acknowledged(self, uid: int) -> None:
+        self._watch_path()
+        if uid >= _PROBE_UIDS:
+            self._size_acknowledged(uid)
+            return
         then = self._pings.pop(uid, None)
         if then is not None:
             sample = self._loop.time() - then
             # RFC 9002 section 5.3's weight, on samples that are far apart.
             self.round_trip = sample if self.round_trip is None else 0.75 * self.round_trip + 0.25 * sample
+
+    # The size of datagrams
+
+    def _measure_path(self) -> None:
+        """Find how large datagrams may be: the path is another one than before."""
+        if not self.ready or self.closed is not None:
+            return
+        self._probes.clear()
+        self._connection.hold_datagram_size()
+        self._path.begin(self._largest(), self._loop.time())
+        self._arm_prober()
+
+    def _largest(self) -> int:
+        return min(self._datagram_limit(self.address), self._connection.datagram_limit)
+
+    def _arm_prober(self) -> None:
+        if self._prober is not None:
+            self._prober.cancel()
+            self._prober = None
+        if self._path.due is not None:
+            self._prober = self._loop.call_at(self._path.due, self._probe_path)
+
+    def _probe_path(self) -> None:
+        self._prober = None
+        if self.closed is not None:
+            return
+        wait = _UNKNOWN_WAIT if self.round_trip is None else max(_PROBE_WAIT, 4 * self.round_trip)
+        self._probes.clear()
+        sizes = self._path.probes(self._loop.time(), wait)
+        if not sizes:
+            self._connection.use_datagram_size(self._path.size)
+        for size in sizes:
+            self._ping_count += 1
+            uid = _PROBE_UIDS + self._ping_count
+            self._probes[uid] = size
+            self._connection.probe_datagram_size(size, uid)
+        self.schedule()
+        self._arm_prober()
+
+    def _size_acknowledged(self, uid: int) -> None:
+        size = self._probes.pop(uid, None)
+        if size is not None and self._path.acknowledged(size):
+            self._connection.use_datagram_size(size)
+            logger.debug("= {!r}: datagrams of {} bytes", self, size)
+            if self._path.due is None:
+                self._arm_prober()
+
+    def _watch_path(self) -> None:
+        """See whether what was large enough to be lost is."""
+        if self._path.size > BASE and self.closed is None and self._connection.loses_large():
+            logger.debug("= {!r}: datagrams of {} bytes do not arrive any more", self, self._path.size)
+            self._probes.clear()
+            self._connection.use_datagram_size(BASE)
+            self._path.fell(self._largest(), self._loop.time())
+            self._arm_prober()
 
     # Ending
 
@@ -637,5 +721,8 @@ class Link:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._prober is not None:
+            self._prober.cancel()
+            self._prober = None
         self.on_terminated(self)
         self.owner.link_terminated(self)

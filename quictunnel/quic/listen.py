@@ -15,6 +15,7 @@ from quictunnel.quic.first_packets import (
     version_negotiation_packet,
 )
 from quictunnel.quic.link import Link, LinkClosed, LinkOwner
+from quictunnel.quic.path_mtu import BASE, forbid_fragments, route_limit_to
 from quictunnel.quic.sockets import DATAGRAM_SIZE, DatagramSocket, Refusal, enlarge_buffers
 from quictunnel.quic.steering import Steering
 from quictunnel.quic.succession import Predecessor, Successor
@@ -78,6 +79,7 @@ class LinkListener:
         self._configuration = engine.server_configuration(identity, DATAGRAM_SIZE)
         self._loop = asyncio.get_running_loop()
         self._socket: DatagramSocket | None = None
+        self._whole = False  # datagrams leave in one piece or not at all
         self._links: dict[bytes, Link] = {}  # by each connection id
         self._ids: dict[Link, set[bytes]] = {}
         self._at: dict[Any, dict[Link, None]] = {}  # by where the client's last datagram came from
@@ -93,6 +95,7 @@ class LinkListener:
         if sock is None:
             sock = await self._bind(host, port, reuse_port)
         enlarge_buffers(sock)
+        self._whole = forbid_fragments(sock)
         self._socket = DatagramSocket(sock, self.datagram_received, self._failed, self._refused)
         self._sweep()
         bound = sock.getsockname()
@@ -241,6 +244,7 @@ class LinkListener:
             self.owner,
             self.budget,
             is_client=False,
+            datagram_limit=self._datagram_limit,
         )
         link.on_connection_id = self._connection_id
         link.on_address = self._address
@@ -250,6 +254,10 @@ class LinkListener:
         self._connection_id(link, header.destination_cid, True)
         self._connection_id(link, link.connection_id, True)
         link.datagram_received(data, address)
+
+    def _datagram_limit(self, address: Any) -> int:
+        """Bytes of the largest datagram that can leave for a client."""
+        return route_limit_to(address) if self._whole else BASE
 
     def _accept(self, original_cid: bytes, retry_cid: bytes | None) -> Connection:
         """The server's side of a connection whose id leads here."""

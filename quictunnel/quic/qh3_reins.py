@@ -5,7 +5,12 @@ from typing import Any, Final
 
 from qh3.quic.connection import QuicConnection
 
-__all__ = ["ReinedConnection"]
+from quictunnel.quic.path_mtu import BASE
+
+__all__ = ["CONGESTION_CONTROL", "ReinedConnection"]
+
+CONGESTION_CONTROL: Final = None
+"there is no choice: CUBIC"
 
 _SHARE: Final = 0.7
 "of the congestion window that may be under way: as much as a loss leaves of it (CUBIC, RFC 9438 section 4.6)"
@@ -66,6 +71,24 @@ class ReinedConnection(QuicConnection):
         if stream_id is None:
             return size + sum(len(piece) for pieces in self._waiting.values() for piece in pieces)
         return size + sum(len(piece) for piece in self._waiting.get(stream_id, ()))
+
+    datagram_limit = BASE
+
+    @property
+    def datagram_size(self) -> int:
+        return BASE
+
+    def hold_datagram_size(self) -> None:
+        pass
+
+    def use_datagram_size(self, size: int) -> None:
+        pass
+
+    def probe_datagram_size(self, size: int, uid: int) -> None:
+        pass
+
+    def loses_large(self) -> bool:
+        return False
 
     def reset_stream(self, stream_id: int, error_code: int) -> None:
         self._drop(stream_id)

@@ -197,7 +197,8 @@ class DatagramSocket:
         """Send at once or never; the address of a connected socket is its peer's.
 
         What the kernel has no room for is dropped, as a full queue does anywhere on the path: the sender slows down,
-        where a queue of ours would only make everything behind it late.
+        where a queue of ours would only make everything behind it late. So is what is larger than the first hop
+        carries, as it would be on any other hop: the link finds out (``path_mtu``).
         """
         try:
             self._put(data, address)
@@ -207,7 +208,7 @@ class DatagramSocket:
     def _not_sent(self, error: OSError, data: bytes, address: Any) -> None:
         if self.closed:
             return
-        if isinstance(error, BlockingIOError) or error.errno == errno.ENOBUFS:
+        if isinstance(error, BlockingIOError) or error.errno in (errno.ENOBUFS, errno.EMSGSIZE):
             self.dropped += 1
             return
         # What ICMP said of an earlier datagram is reported by whatever call comes next, and that datagram, perhaps

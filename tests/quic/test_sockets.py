@@ -366,12 +366,28 @@ def test_datagram_that_cannot_be_sent_is_told_and_harms_no_other(play: Callable[
     async def work() -> None:
         taken = Taken(bound())
         with bound() as peer:
-            taken.socket.send(b"x" * 70_000, peer.getsockname())
+            taken.socket.send(b"x", ("127.0.0.1", 0))
             assert not taken.errors, "never told within a call"
             taken.socket.send(b"small", peer.getsockname())
             assert peer.recv(100) == b"small"
             await until(lambda: taken.errors)
         assert taken.socket.dropped == 1
+        taken.socket.close()
+
+    play(work())
+
+
+def test_datagram_that_is_too_large_for_the_first_hop_is_dropped_as_one_is_further_on(
+    play: Callable[..., None],
+) -> None:
+    async def work() -> None:
+        taken = Taken(bound())
+        with bound() as peer:
+            taken.socket.send(b"x" * 70_000, peer.getsockname())
+            taken.socket.send(b"small", peer.getsockname())
+            assert peer.recv(100) == b"small"
+        await asyncio.sleep(0)
+        assert (taken.socket.dropped, taken.errors) == (1, [])
         taken.socket.close()
 
     play(work())

@@ -117,11 +117,17 @@ class _Socket:
 
 
 class Network:
-    """A server's listener and any number of clients, with ``delay`` seconds each way; ``lose`` says what gets lost."""
+    """A server's listener and any number of clients, with ``delay`` seconds each way; ``lose`` says what gets lost.
+
+    Datagrams larger than ``mtu`` are dropped on the way, and the ends think that the first hop carries ``first_hop``.
+    """
 
     def __init__(self, server_engine: str, client_engine: str, *, delay: float = 0.005, retry: str = "auto") -> None:
         self.loop = asyncio.get_running_loop()
         self.delay = delay
+        self.mtu = 65_535
+        self.first_hop = 1200
+        self.largest = {True: 0, False: 0}
         self.lose: Callable[[bytes, bool], bool] = lambda data, to_server: False
         self.datagrams = {True: 0, False: 0}
         self.bytes = {True: 0, False: 0}
@@ -133,6 +139,7 @@ class Network:
             select_engine(server_engine), server_identity, self.server_owner, self.server_budget, retry=retry
         )
         self.listener._socket = _Socket(lambda data, address: self._to_client(bytes(data), address))  # type: ignore[assignment]
+        self.listener._datagram_limit = lambda address: self.first_hop  # type: ignore[method-assign]
         self.clients: dict[Any, Link] = {}
 
     def dial(self, trust: ClientTrust | None = None) -> Link:
@@ -145,6 +152,7 @@ class Network:
             self.client_owner,
             self.client_budget,
             is_client=True,
+            datagram_limit=lambda address: self.first_hop,
         )
         self.clients[address] = link
         link.connect(SERVER)
@@ -182,6 +190,9 @@ class Network:
     def _carry(self, data: bytes, to_server: bool, receive: Callable[[bytes, Any], None], source: Any) -> None:
         self.datagrams[to_server] += 1
         self.bytes[to_server] += len(data)
+        if len(data) > self.mtu:
+            return
+        self.largest[to_server] = max(self.largest[to_server], len(data))
         if not self.lose(data, to_server):
             self.loop.call_later(self.delay, receive, data, source)
 
