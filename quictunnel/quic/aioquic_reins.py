@@ -12,7 +12,7 @@ from aioquic.quic.packet import QuicErrorCode, QuicFrameType, QuicPacketType, pu
 from aioquic.quic.packet_builder import QuicDeliveryState, QuicPacketBuilder, QuicSentPacket
 from aioquic.tls import Epoch
 
-from quictunnel.quic.path_mtu import BASE, LARGEST
+from quictunnel.quic.path_mtu import BASE, LARGEST, PROBE_UIDS
 
 __all__ = ["CONGESTION_CONTROL", "ReinedConnection"]
 
@@ -99,7 +99,9 @@ class ReinedConnection(QuicConnection):
         self._congestion = congestion
         self.datagram_limit = LARGEST
         "bytes of a datagram that the peer takes, and this library can make"
-        self._probes: list[tuple[int, int]] = []  # datagrams of which sizes are to be tried, and their pings
+        self._probes: list[int] = []  # the sizes to be tried
+        self._probe_count = 0
+        self.probed: dict[int, int] = {}
 
     def _handle_stream_frame(self, context: Any, frame_type: int, buf: Any) -> None:
         if frame_type & 4:  # it has an offset (RFC 9000 section 19.8)
@@ -149,9 +151,12 @@ class ReinedConnection(QuicConnection):
         size: int = self._max_datagram_size
         return size
 
-    def hold_datagram_size(self) -> None:
-        """Send datagrams of up to BASE until it is known how large they may be."""
-        self.use_datagram_size(BASE)
+    def expect_datagrams(self, size: int) -> None:
+        """Nothing to do: the size may change at any time."""
+
+    def hold_datagram_size(self, size: int) -> None:
+        """Send datagrams of up to ``size`` bytes until it is known how large they may be."""
+        self.use_datagram_size(size)
 
     def use_datagram_size(self, size: int) -> None:
         """Send datagrams of up to ``size`` bytes from now on."""
@@ -160,9 +165,11 @@ class ReinedConnection(QuicConnection):
             self._loss._pacer._max_datagram_size = size
             self._congestion.resize(size)
 
-    def probe_datagram_size(self, size: int, uid: int) -> None:
-        """Send a datagram of ``size`` bytes which nothing is lost with; PingAcknowledged tells when it has arrived."""
-        self._probes.append((size, uid))
+    def probe_datagram_size(self, size: int) -> None:
+        """Send a datagram of ``size`` bytes which nothing is lost with."""
+        self._probes.append(size)
+
+    losses = 0
 
     def loses_large(self) -> bool:
         """Whether datagrams larger than BASE seem not to arrive any more."""
@@ -180,9 +187,12 @@ class ReinedConnection(QuicConnection):
             return []
         probes, self._probes = self._probes, []
         datagrams: list[tuple[bytes, Any]] = []
-        for size, uid in probes:
+        for size in probes:
             if size > self.datagram_limit:
                 continue
+            self._probe_count += 1
+            uid = PROBE_UIDS + self._probe_count
+            self.probed[uid] = size
             builder = QuicPacketBuilder(
                 host_cid=self.host_cid,
                 is_client=self._is_client,

@@ -72,24 +72,35 @@ class Connection(Protocol):
 
     # What the reins add
 
-    datagram_limit: int
-    "bytes of the largest datagram that the peer takes and the library can make"
+    probed: dict[int, int]
+    "the sizes of the probes that were sent, by what PingAcknowledged says of them"
+
+    def expect_datagrams(self, size: int) -> None:
+        """Be ready for datagrams of up to ``size`` bytes; said before anything is sent or received."""
+
+    @property
+    def datagram_limit(self) -> int:
+        """Bytes of the largest datagram that may ever be sent: the peer takes it, and the library can make it."""
 
     @property
     def datagram_size(self) -> int:
         """Bytes of the largest datagram that is sent, probes left out."""
 
-    def hold_datagram_size(self) -> None:
-        """Send datagrams of up to 1200 bytes until it is known how large they may be."""
+    def hold_datagram_size(self, size: int) -> None:
+        """Send datagrams of up to ``size`` bytes until it is known how large they may be."""
 
     def use_datagram_size(self, size: int) -> None:
-        """Send datagrams of up to ``size`` bytes from now on; ``datagram_limit`` says which is the largest after it."""
+        """Send datagrams of up to ``size`` bytes from now on. ``datagram_limit`` may have fallen after it."""
 
-    def probe_datagram_size(self, size: int, uid: int) -> None:
-        """Send one of ``size`` bytes which nothing is lost with; PingAcknowledged with ``uid`` tells that it came."""
+    def probe_datagram_size(self, size: int) -> None:
+        """Send a datagram of ``size`` bytes which nothing is lost with, as soon as that can be."""
 
     def loses_large(self) -> bool:
         """Whether datagrams larger than 1200 bytes seem not to arrive any more; asked after time-outs and pings."""
+
+    @property
+    def losses(self) -> int:
+        """Packets of any size that were lost so far, where ``loses_large`` does not look at them."""
 
 
 # What the libraries raise, each in its own way, for a direction of a stream that is over.

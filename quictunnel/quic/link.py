@@ -18,7 +18,7 @@ from mypy_extensions import mypyc_attr
 from quictunnel.exchange import VOID
 from quictunnel.log import escape
 from quictunnel.quic.engine import STREAM_OVER, Connection, Engine
-from quictunnel.quic.path_mtu import BASE, PathMtu
+from quictunnel.quic.path_mtu import BASE, PROBE_UIDS, PathMtu
 from quictunnel.quic.sockets import QUOTED
 from quictunnel.quic.stream import StreamLeg
 from quictunnel.wire.control import (
@@ -55,12 +55,13 @@ _BURST: Final = 8
 _REMEMBERED: Final = 256
 "datagrams of which it is remembered how they began: more are seldom under way"
 
-_PROBE_UIDS: Final = 1 << 32
-"from which pings are numbered that probe a path's datagram size, apart from those that ask for the round trip"
-
 _PROBE_WAIT: Final = 0.3
 _UNKNOWN_WAIT: Final = 1.0
 "seconds, or four round trips, that a probe of a size may take, and if the round trip is not known"
+
+_SUSPICIOUS_LOSSES: Final = 8
+"packets lost between two looks after which it is checked whether a large one still arrives, by so many probes:"
+_CHECKS: Final = 3
 
 _CONTROL_LIMIT: Final = 256 * 1024
 "bytes of control messages that wait for the peer to read: far more than hours of credit are"
@@ -193,8 +194,10 @@ class Link:
         # the size of datagrams
         self._path = PathMtu()
         self._datagram_limit = datagram_limit
-        self._probes: dict[int, int] = {}  # sizes that are asked for, by the number of their ping
-        self._prober: asyncio.TimerHandle | None = None
+        self._prober: asyncio.TimerHandle | None = None  # for the search
+        self._losses = 0  # when it was last looked
+        self._checks = 0  # probes of the present size that are missing
+        self._checker: asyncio.TimerHandle | None = None
 
         # for one turn of the loop
         self._dirty: list[StreamLeg] = []
@@ -259,6 +262,7 @@ class Link:
     def connect(self, address: Any) -> None:
         """Begin the handshake with the server at ``address``."""
         self.address = address
+        self._connection.expect_datagrams(self._datagram_limit(address))
         self._connection.connect(address, now=self._loop.time())
         self.schedule()
 
@@ -512,7 +516,9 @@ class Link:
     def _moved(self, address: Any) -> None:
         before, self.address = self.address, address
         self.on_address(self, before)
-        if before is not None:
+        if before is None:
+            self._connection.expect_datagrams(self._datagram_limit(address))
+        else:
             self.address_changes += 1
             self._measure_path()
             self.owner.link_moved(self)
@@ -614,7 +620,7 @@ class Link:
 
     def _ping_acknowledged(self, uid: int) -> None:
         self._watch_path()
-        if uid >= _PROBE_UIDS:
+        if uid >= PROBE_UIDS:
             self._size_acknowledged(uid)
             return
         then = self._pings.pop(uid, None)
@@ -629,15 +635,18 @@ class Link:
         """Find how large datagrams may be: the path is another one than before."""
         if not self.ready or self.closed is not None:
             return
-        self._probes.clear()
-        self._connection.hold_datagram_size()
+        self._connection.probed.clear()
+        self._connection.hold_datagram_size(BASE)
         self._path.begin(self._largest(), self._loop.time())
+        if self._path.due is None:
+            self._connection.use_datagram_size(BASE)
         self._arm_prober()
 
     def _largest(self) -> int:
         return min(self._datagram_limit(self.address), self._connection.datagram_limit)
 
     def _arm_prober(self) -> None:
+        self._stop_checks()
         if self._prober is not None:
             self._prober.cancel()
             self._prober = None
@@ -648,35 +657,68 @@ class Link:
         self._prober = None
         if self.closed is not None:
             return
-        wait = _UNKNOWN_WAIT if self.round_trip is None else max(_PROBE_WAIT, 4 * self.round_trip)
-        self._probes.clear()
-        sizes = self._path.probes(self._loop.time(), wait)
+        connection = self._connection
+        connection.probed.clear()
+        sizes = self._path.probes(self._loop.time(), self._probe_wait())
         if not sizes:
-            self._connection.use_datagram_size(self._path.size)
+            connection.use_datagram_size(self._path.size)
         for size in sizes:
-            self._ping_count += 1
-            uid = _PROBE_UIDS + self._ping_count
-            self._probes[uid] = size
-            self._connection.probe_datagram_size(size, uid)
+            connection.probe_datagram_size(size)
         self.schedule()
         self._arm_prober()
 
+    def _probe_wait(self) -> float:
+        return _UNKNOWN_WAIT if self.round_trip is None else max(_PROBE_WAIT, 4 * self.round_trip)
+
     def _size_acknowledged(self, uid: int) -> None:
-        size = self._probes.pop(uid, None)
-        if size is not None and self._path.acknowledged(size):
-            self._connection.use_datagram_size(size)
+        size = self._connection.probed.pop(uid, None)
+        if size is None:
+            return
+        if size == self._path.size:
+            self._stop_checks()
+        elif self._path.acknowledged(size):
             logger.debug("= {!r}: datagrams of {} bytes", self, size)
-            if self._path.due is None:
+            if self._path.due is not None:
+                self._connection.hold_datagram_size(size)
+            else:
+                self._connection.use_datagram_size(size)
                 self._arm_prober()
 
     def _watch_path(self) -> None:
         """See whether what was large enough to be lost is."""
-        if self._path.size > BASE and self.closed is None and self._connection.loses_large():
-            logger.debug("= {!r}: datagrams of {} bytes do not arrive any more", self, self._path.size)
-            self._probes.clear()
-            self._connection.use_datagram_size(BASE)
-            self._path.fell(self._largest(), self._loop.time())
-            self._arm_prober()
+        if self._path.size == BASE or self.closed is not None:
+            return
+        if self._connection.loses_large():
+            self._path_fell()
+        elif self._connection.losses - self._losses >= _SUSPICIOUS_LOSSES and self._checker is None:
+            self._check_path()
+        self._losses = self._connection.losses
+
+    def _check_path(self) -> None:
+        self._checker = None
+        if self.closed is not None:
+            return
+        if self._checks == _CHECKS:
+            self._path_fell()
+            return
+        self._checks += 1
+        self._connection.probe_datagram_size(self._path.size)
+        self._checker = self._loop.call_later(self._probe_wait(), self._check_path)
+        self.schedule()
+
+    def _stop_checks(self) -> None:
+        self._checks = 0
+        if self._checker is not None:
+            self._checker.cancel()
+            self._checker = None
+
+    def _path_fell(self) -> None:
+        logger.debug("= {!r}: datagrams of {} bytes do not arrive any more", self, self._path.size)
+        self._connection.probed.clear()
+        self._connection.use_datagram_size(BASE)
+        self._path.fell(self._largest(), self._loop.time())
+        self._arm_prober()
+        self.schedule()
 
     # Ending
 
@@ -724,5 +766,6 @@ class Link:
         if self._prober is not None:
             self._prober.cancel()
             self._prober = None
+        self._stop_checks()
         self.on_terminated(self)
         self.owner.link_terminated(self)

@@ -16,13 +16,16 @@ import sys
 from contextlib import suppress
 from typing import Any, Final
 
-__all__ = ["BASE", "LARGEST", "PathMtu", "forbid_fragments", "route_limit", "route_limit_to"]
+__all__ = ["BASE", "LARGEST", "PROBE_UIDS", "PathMtu", "forbid_fragments", "route_limit", "route_limit_to"]
 
 BASE: Final = 1200
 "bytes of UDP payload (RFC 9000 section 14)"
 
 LARGEST: Final = 16_000
 "bytes of UDP payload; aioquic writes the length of a STREAM frame in 14 bits, and larger ones gain nothing"
+
+PROBE_UIDS: Final = 1 << 32
+"from which the pings of probes are numbered, apart from those that ask for the round trip"
 
 # What paths carry: jumbo frames; Ethernet under IPv4, under IPv6 or PPPoE, in tunnels and overlays; IPv6's least.
 _LADDER: Final = (8_952, 4_052, 1_472, 1_452, 1_400, 1_352, 1_232)

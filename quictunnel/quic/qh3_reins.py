@@ -1,11 +1,14 @@
 """qh3, kept from filling its congestion window; the one file that relies on what is private in it."""
 
-from collections import deque
+import copy
+import os
+from collections import OrderedDict, deque
 from typing import Any, Final
 
-from qh3.quic.connection import QuicConnection
+from qh3.quic.connection import QuicConnection, QuicConnectionError
+from qh3.quic.packet import QuicErrorCode, QuicTransportParameters
 
-from quictunnel.quic.path_mtu import BASE
+from quictunnel.quic.path_mtu import BASE, LARGEST, PROBE_UIDS
 
 __all__ = ["CONGESTION_CONTROL", "ReinedConnection"]
 
@@ -18,34 +21,75 @@ _SHARE: Final = 0.7
 _PIECE: Final = 4096
 "bytes of one stream before it is another's turn"
 
+_ALONE: Final = 65_536
+"the same for a stream that waits alone"
+
+_HEADERS: Final = 80
+_FRAME: Final = 28
+"bytes of a packet that are not stream data, and of each piece of stream data in it"
+
+_CRYPTO: Final = 900
+"bytes of a handshake in one datagram of 1200"
+
+_TIMED_OUT: Final = 3
+"time-outs in a row that say that large datagrams do not arrive"
+
+# What qh3's client says of max_udp_payload_size (RFC 9000 section 18.2) whatever its socket takes: 1472. And 65,527.
+_SAYS: Final = b"\x03\x02\x45\xc0"
+_MEANS: Final = b"\x03\x04\x80\x00\xff\xf7"
+
 
 class ReinedConnection(QuicConnection):
-    """qh3's connection, given no more than a part of its congestion window to send.
+    """qh3's connection, given no more than a part of its congestion window to send, and datagrams that a path carries.
 
     qh3 2.1 sends nothing while as much is under way as its congestion window allows, not even acknowledgements. Two
     ends that both have much to send then wait for each other's: a link with 80 exchanges of 20 kB both ways stood still
     until its idle time-out. It also breaks when a needless repetition waits for the window while its stream ends. So
     what does not fit waits here, and each stream has its turn. tests/quic/test_both_ways.py watches over it.
+
+    The size of its datagrams is settled when a connection begins. Afterwards it can only fall: a peer's transport
+    parameters may be applied again with a smaller max_udp_payload_size. So a connection begins with the largest size
+    that its first hop carries, its handshake goes out in pieces, and until that size is proved it is handed no more at
+    a time than fits a smaller one. Its own search knows nothing above 1472 bytes, takes place in clients only, and ends
+    for good with the first loss; it is not used. tests/quic/test_path_mtu.py watches over it.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._waiting: dict[int, deque[memoryview]] = {}
+        self._waiting: OrderedDict[int, deque[memoryview]] = OrderedDict()
         self._ends: set[int] = set()  # those of them whose last bytes are there
+        self._left: int | None = None  # of the room there was when it was last looked, since the last packets left
+        self._held = 0  # bytes of a datagram, until it is known what the path carries; 0 when it is
+        self._now = 0.0
+        self._early: list[tuple[bytes, Any]] = []  # the handshake's datagrams
+        self._probes: list[int] = []
+        self._probe_count = 0
+        self.probed: dict[int, int] = {}
+
+    # Sending
 
     def send_stream_data(self, stream_id: int, data: Any, end_stream: bool = False) -> None:
         waiting = self._waiting.get(stream_id)
         core = self._core
         if waiting is None:
-            if core is None or not self._handshake_complete or len(data) <= max(self._room(), 1):
+            if core is None or not self._handshake_complete:
+                super().send_stream_data(stream_id, data, end_stream)
+                return
+            size = len(data)
+            left = self._left
+            if left is None:
+                left = self._room()
+            if size <= left or size <= 1:
+                self._left = left - size
                 super().send_stream_data(stream_id, data, end_stream)
                 return
             view = memoryview(data)
             # A stream's first byte opens it, whatever else is under way: ids are given in order.
             is_new = stream_id & 1 != self._is_client and stream_id not in self._created_local_stream_ids
-            first = max(self._room(), 1 if is_new else 0)
+            first = max(left, 1 if is_new else 0)
             if first:
-                super().send_stream_data(stream_id, bytes(view[:first]))
+                super().send_stream_data(stream_id, view[:first])
+            self._left = 0
             waiting = self._waiting[stream_id] = deque((view[first:],))
         elif core is not None and not core.can_send_stream(stream_id):
             self._drop(stream_id)
@@ -56,69 +100,251 @@ class ReinedConnection(QuicConnection):
             self._ends.add(stream_id)
 
     def datagrams_to_send(self, now: float) -> list[tuple[bytes, Any]]:
-        if not self._waiting:
-            return super().datagrams_to_send(now)
-        datagrams: list[tuple[bytes, Any]] = []
-        while True:
-            self._feed()
-            more = super().datagrams_to_send(now)
-            datagrams += more
-            if not more or not self._waiting:
-                return datagrams
+        core = self._core
+        if core is None:
+            return []
+        datagrams, self._early = self._early, []
+        poll = core.poll_transmit
+        self._left = None
+        try:
+            while True:
+                more = False
+                while (transmit := poll(now)) is not None:
+                    more = True
+                    datagrams.append((transmit[0], transmit[1]))
+                if self._waiting and (more or self._left is None):
+                    self._feed()
+                elif self._probes and self._handshake_complete:
+                    self._probe(now, datagrams)
+                else:
+                    self._left = None
+                    return datagrams
+        except RuntimeError as error:
+            raise _broken(error) from error
 
     def get_send_buffer_size(self, stream_id: int | None = None) -> int:
         size: int = super().get_send_buffer_size(stream_id)
         if stream_id is None:
             return size + sum(len(piece) for pieces in self._waiting.values() for piece in pieces)
-        return size + sum(len(piece) for piece in self._waiting.get(stream_id, ()))
-
-    datagram_limit = BASE
-
-    @property
-    def datagram_size(self) -> int:
-        return BASE
-
-    def hold_datagram_size(self) -> None:
-        pass
-
-    def use_datagram_size(self, size: int) -> None:
-        pass
-
-    def probe_datagram_size(self, size: int, uid: int) -> None:
-        pass
-
-    def loses_large(self) -> bool:
-        return False
+        waiting = self._waiting.get(stream_id)
+        return size if waiting is None else size + sum(map(len, waiting))
 
     def reset_stream(self, stream_id: int, error_code: int) -> None:
         self._drop(stream_id)
         super().reset_stream(stream_id, error_code)
 
     def _room(self) -> int:
+        """Bytes that may be handed over now."""
         core = self._core
         assert core is not None
-        return int(core.congestion_window * _SHARE) - core.bytes_in_flight - super().get_send_buffer_size(None)
+        queued = core.get_send_buffer_size()
+        room = int(core.congestion_window * _SHARE) - core.bytes_in_flight - queued
+        if self._held:
+            return min(room, self._held - _HEADERS - _FRAME - queued)
+        return room
 
     def _feed(self) -> None:
         """Hand over what fits, a piece of each stream in turn."""
-        while self._waiting and (room := self._room()) > 0:
-            stream_id, pieces = next(iter(self._waiting.items()))
+        core, waiting = self._core, self._waiting
+        assert core is not None
+        room = self._room()
+        while room > 0 and waiting:
+            stream_id, pieces = waiting.popitem(last=False)
+            size = min(room, _PIECE if waiting else _ALONE)
             piece = pieces.popleft()
-            size = min(room, _PIECE)
             if len(piece) > size:
                 pieces.appendleft(piece[size:])
                 piece = piece[:size]
+            room -= len(piece)
+            if self._held:
+                room -= _FRAME
             last = not pieces and stream_id in self._ends
-            del self._waiting[stream_id]
             if pieces:
-                self._waiting[stream_id] = pieces  # behind the others
+                waiting[stream_id] = pieces  # behind the others
             else:
                 self._ends.discard(stream_id)
             try:
-                super().send_stream_data(stream_id, bytes(piece), last)
-            except (ValueError, RuntimeError, AssertionError):
+                core.send_stream(stream_id, piece, last)
+            except (ValueError, AssertionError):
                 self._drop(stream_id)  # its event is still to come
+        self._left = room
 
     def _drop(self, stream_id: int) -> None:
         self._waiting.pop(stream_id, None)
         self._ends.discard(stream_id)
+
+    # Receiving
+
+    def receive_datagram(self, data: bytes, addr: Any, now: float) -> None:
+        self._now = now
+        if not self._handshake_complete or data[0] & 0x80:
+            super().receive_datagram(data, addr, now)
+            return
+        # Nothing but packets with a short header, of which a datagram has one: what qh3 looks for before is not there.
+        core = self._core
+        assert core is not None
+        try:
+            core.receive_datagram(data, addr, now, len(data))
+        except RuntimeError as error:
+            raise _broken(error) from error
+        self._drain_core()
+
+    def connect(self, addr: Any, now: float) -> None:
+        self._now = now
+        super().connect(addr, now)
+
+    def handle_timer(self, now: float) -> None:
+        self._now = now
+        super().handle_timer(now)
+        core = self._core
+        if self._held and not self._handshake_complete and core is not None and core.pto_total:
+            # Its packets are of 1280 bytes when they may be, and there are paths (IPv6's narrowest) that carry 1232.
+            self._configuration.max_datagram_size = BASE
+            if self._is_client and not core.received_authenticated_packet:
+                self._begin_anew(now)
+            else:
+                self.use_datagram_size(BASE)
+
+    def _begin_anew(self, now: float) -> None:
+        """Forget the handshake that nobody has answered: to repeat it in smaller pieces is beyond qh3."""
+        before = self._original_destination_connection_id or b""
+        # The first byte leads to the process of the server that is meant.
+        self._original_destination_connection_id = before[:1] + os.urandom(len(before) - 1)
+        self._retry_source_connection_id = None
+        self._retry_count = 0
+        self._transport_parameters_applied = False
+        self._held = 0
+        self._core = None
+        self._tls = None
+        self._create_core(self._remote_addr, self._original_destination_connection_id, now)
+        self._create_tls(remote_source_cid=None).start()
+        self._drain_tls()
+
+    # Datagrams' size
+
+    def expect_datagrams(self, size: int) -> None:
+        """Be ready for datagrams of up to ``size`` bytes: said before anything is sent or received."""
+        size = min(size, LARGEST)
+        if not self._is_client and size < LARGEST:
+            # A server whose size has had to fall takes no more of a client's address: qh3 forgets to lower it for paths
+            # to come. Only the loopback is known to carry what it says.
+            return
+        if size > BASE and self._core is None:
+            self._configuration = copy.copy(self._configuration)
+            self._configuration.max_datagram_size = size
+            self._configuration.probe_datagram_size = False
+            self._held = BASE
+
+    @property
+    def datagram_limit(self) -> int:
+        """Bytes of the largest datagram that may ever be sent."""
+        if self._core is None:
+            return BASE
+        size: int = self._core.active_path[5]
+        return size
+
+    @property
+    def datagram_size(self) -> int:
+        """Bytes of the largest datagram that is sent, probes left out."""
+        return self._held or self.datagram_limit
+
+    def hold_datagram_size(self, size: int) -> None:
+        """Send datagrams of up to ``size`` bytes until it is known how large they may be."""
+        self._held = size if size < self.datagram_limit else 0
+
+    def use_datagram_size(self, size: int) -> None:
+        """Send datagrams of up to ``size`` bytes from now on, and never larger ones again."""
+        self._held = 0
+        if self._core is not None and size < self.datagram_limit:
+            told = None if self._tls is None else self._tls.remote_transport_parameters
+            known = QuicTransportParameters() if told is None else told
+            self._call_core(
+                self._core.apply_peer_transport_parameters,
+                known.initial_max_data or 0,
+                known.initial_max_stream_data_bidi_local or 0,
+                known.initial_max_stream_data_bidi_remote or 0,
+                known.initial_max_stream_data_uni or 0,
+                known.initial_max_streams_bidi or 0,
+                known.initial_max_streams_uni or 0,
+                3 if known.ack_delay_exponent is None else known.ack_delay_exponent,
+                0.025 if known.max_ack_delay is None else known.max_ack_delay / 1000,
+                None if not known.max_idle_timeout else known.max_idle_timeout / 1000,
+                known.max_datagram_frame_size,
+                None,
+                known.active_connection_id_limit or 2,
+                bool(known.disable_active_migration),
+                size,
+            )
+
+    def loses_large(self) -> bool:
+        """Whether datagrams larger than BASE seem not to arrive any more."""
+        core = self._core
+        return core is not None and not self._held and core.pto_count >= _TIMED_OUT and self.datagram_limit > BASE
+
+    @property
+    def losses(self) -> int:
+        """Packets that were lost so far, of any size."""
+        return 0 if self._core is None else self._core.loss_total
+
+    def probe_datagram_size(self, size: int) -> None:
+        """Send a datagram of ``size`` bytes which nothing is lost with."""
+        self._probes.append(size)
+
+    def _probe(self, now: float, datagrams: list[tuple[bytes, Any]]) -> None:
+        """Pad pings: with a packet before each that nobody can read (RFC 9000 section 14.4.1)."""
+        core = self._core
+        assert core is not None
+        probes, self._probes = self._probes, []
+        for size in probes:
+            if size > self.datagram_limit:
+                continue
+            self._probe_count += 1
+            uid = PROBE_UIDS + self._probe_count
+            core.send_ping(uid)
+            transmit = core.poll_transmit(now)
+            if transmit is None:
+                continue  # it goes later, and proves nothing
+            ping, address = transmit[0], transmit[1]
+            padding = self._padding(ping, size - len(ping))
+            if padding:
+                self.probed[uid] = size
+            datagrams.append((padding + ping, address))
+
+    def _padding(self, ping: bytes, size: int) -> bytes:
+        """A Handshake packet of so many bytes, whose keys are gone by now, for whom ``ping`` is for."""
+        assert self._tls is not None
+        to = ping[1 : 1 + len(self._tls.remote_initial_source_connection_id or b"")]
+        header = b"\xe3\0\0\0\1" + bytes((len(to),)) + to + bytes((len(self.host_cid),)) + self.host_cid
+        payload = size - len(header) - 4
+        if ping[0] & 0x80 or payload < 20:
+            return b""
+        return header + (payload | 0x8000_0000).to_bytes(4, "big") + bytes(payload)
+
+    # The handshake
+
+    def _call_core(self, operation: Any, *args: Any) -> Any:
+        if self._held and not self._handshake_complete and operation.__name__ == "send_crypto":
+            epoch, offset, data = args
+            for start in range(0, len(data), _CRYPTO):
+                super()._call_core(operation, epoch, offset + start, data[start : start + _CRYPTO])
+                self._send_early()
+            return None
+        return super()._call_core(operation, *args)
+
+    def _send_early(self) -> None:
+        core = self._core
+        assert core is not None
+        while (transmit := super()._call_core(core.poll_transmit, self._now)) is not None:
+            self._early.append((transmit[0], transmit[1]))
+
+    def _create_tls(self, remote_source_cid: bytes | None) -> Any:
+        bridge = super()._create_tls(remote_source_cid)
+        bridge.tls.handshake_extensions = [
+            (kind, data.replace(_SAYS, _MEANS) if data.count(_SAYS) == 1 else data)
+            for kind, data in bridge.tls.handshake_extensions
+        ]
+        return bridge
+
+
+def _broken(error: RuntimeError) -> QuicConnectionError:
+    return QuicConnectionError(QuicErrorCode.INTERNAL_ERROR, None, str(error))
