@@ -2,7 +2,7 @@
 
 import sys
 
-from quictunnel.cli import main
+from quictunnel.start import main
 
 if __name__ == "__main__":
     sys.exit(main())

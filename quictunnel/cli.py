@@ -5,22 +5,21 @@ after Ctrl-C.
 """
 
 import argparse
-import asyncio
-import importlib.metadata
 import json
 import os
 import sys
 import typing
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, Final, NoReturn
 
 from pydantic.fields import FieldInfo
 
-from quictunnel import __version__, log
+from quictunnel import __version__
+from quictunnel.app.running import guarded, run, run_connect, run_logged, run_serve
 from quictunnel.options import (
     CommandError,
     Settings,
@@ -30,7 +29,7 @@ from quictunnel.options import (
     load_settings,
     nearest,
     option_of,
-    reason,
+    plain,
 )
 from quictunnel.settings import (
     CertsInitSettings,
@@ -47,11 +46,9 @@ from quictunnel.settings import (
     TokenReleaseSettings,
     TokenRevokeSettings,
 )
-from quictunnel.trust.files import TrustError, read_bounded
+from quictunnel.trust.files import read_bounded
 
-__all__ = ["main"]
-
-L = TypeVar("L", bound=LogSettings)
+__all__ = ["main", "read"]
 
 _SHOWN: Final = 3
 "names that a token holds, in a table"
@@ -59,106 +56,33 @@ _SHOWN: Final = 3
 _BOOK_WAIT: Final = 5.0
 "seconds to wait for a server that is writing the book of names"
 
-INTERRUPTED: Final = 130
-"128 + SIGINT, as shells have it"
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (by default the process's own) and return the exit status."""
-    try:
-        status = _main(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Who read our output has seen enough; the interpreter's own flush at exit must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return status
+    return guarded(lambda: _main(sys.argv[1:] if argv is None else argv))
+
+
+def read(argv: Sequence[str]) -> Settings:
+    """The options of a command line as plain values. Raises what ``guarded`` tells, and SystemExit after the help."""
+    command, flags = _parse(argv)
+    return plain(load_settings(command.settings, flags))
 
 
 def _main(argv: Sequence[str]) -> int:
-    try:
-        command, flags = _parse(argv)
-        settings = load_settings(command.settings, flags)
-        if command.reads_again:
-            return command.run(settings, lambda: load_settings(command.settings, flags))
-        return command.run(settings)
-    except UsageError as error:
-        return _failed(str(error), 2)
-    except (CommandError, TrustError) as error:
-        return _failed(str(error), 1)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        return _failed(reason(error), 1)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except SystemExit as way_out:  # argparse's, after --help and --version
-        return way_out.code if isinstance(way_out.code, int) else 0
-
-
-def _failed(text: str, status: int) -> int:
-    print(f"quictunnel: {log.escape(text)}", file=sys.stderr)
-    return status
+    command, flags = _parse(argv)
+    settings = load_settings(command.settings, flags)
+    if command.reads_again:
+        return command.run(plain(settings), lambda: read(argv))
+    return command.run(settings)
 
 
 # Commands that stay running.
 
 
-def _serve(settings: ServeSettings, again: Callable[[], ServeSettings]) -> int:
-    if settings.workers > 1:
-        from quictunnel.app.workers import serve_workers
-
-        return _fork_logged(lambda settings, run: serve_workers(settings, again, run), settings)
-    from quictunnel.app.serve import serve
-
-    return _run_logged(lambda settings: serve(settings, again), settings)
-
-
-def _connect(settings: ConnectSettings, again: Callable[[], ConnectSettings]) -> int:
-    if settings.processes.highest > 1:
-        from quictunnel.app.pool import connect_processes
-
-        return _fork_logged(lambda settings, run: connect_processes(settings, again, run), settings)
-    from quictunnel.app.connect import connect
-
-    return _run_logged(lambda settings: connect(settings, again), settings)
-
-
 def _demo(settings: DemoSettings) -> int:
     from quictunnel.app.demo import demo
 
-    return _run_logged(demo, settings)
-
-
-def _run_logged(start: Callable[[L], Coroutine[Any, Any, int]], settings: L) -> int:
-    take_down = log.set_up(settings.log_level, settings.log_format, settings.log_file)
-    try:
-        return _run(start(settings))
-    finally:
-        take_down()
-
-
-def _fork_logged(start: Callable[[L, Callable[[Coroutine[Any, Any, int]], int]], int], settings: L) -> int:
-    """Start what forks: it runs no event loop itself, and is told how its children do."""
-    take_down = log.set_up(settings.log_level, settings.log_format, settings.log_file, shared=True)
-    try:
-        _loop_factory()  # loaded once, for all
-        return start(settings, _run)
-    finally:
-        take_down()
-
-
-def _run(work: Coroutine[Any, Any, int]) -> int:
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(work)
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop
-    return uvloop.new_event_loop
+    return run_logged(demo, settings)
 
 
 def _status(settings: StatusSettings) -> int:
@@ -318,7 +242,7 @@ def _load(settings: LoadSettings) -> int:
 
     with _bad_values_are_usage():
         options = make_options(**settings.model_dump(exclude={"config", "json_"}), json=settings.json_)
-    return _run(run_load(options, sys.stdout, sys.stderr))
+    return run(run_load(options, sys.stdout, sys.stderr))
 
 
 # The table of commands.
@@ -342,11 +266,13 @@ class _Group:
 _COMMANDS: Final[Mapping[str, _Command | _Group]] = {
     "serve": _Command(
         ServeSettings,
-        _serve,
+        run_serve,
         "take visitors' requests in and hand them to the clients of their tunnels",
         reads_again=True,
     ),
-    "connect": _Command(ConnectSettings, _connect, "expose a local web application through a server", reads_again=True),
+    "connect": _Command(
+        ConnectSettings, run_connect, "expose a local web application through a server", reads_again=True
+    ),
     "demo": _Command(DemoSettings, _demo, "try it: server, client and a small backend together"),
     "certs": _Group(
         {
@@ -410,7 +336,9 @@ def _parser() -> _Parser:
         description="A self-hosted reverse HTTP tunnel over QUIC.",
         epilog="quictunnel COMMAND --help tells a command's options.",
     )
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help="show program's version number and exit"
+    )
     _add_commands(parser, _COMMANDS)
     return parser
 
@@ -494,12 +422,22 @@ def _help(field: FieldInfo) -> str:
     return f"{field.description}{shown}".replace("%", "%%")
 
 
+class _Version(argparse.Action):
+    """What is installed is looked up by whoever asks."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(_version())
+        parser.exit()
+
+
 def _version() -> str:
     parts = [f"{name} {version}" for name in ("aioquic", "qh3", "uvloop") if (version := _version_of(name))]
     return f"quictunnel {__version__} ({', '.join(parts)})"
 
 
 def _version_of(distribution: str) -> str:
+    import importlib.metadata
+
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

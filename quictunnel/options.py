@@ -14,12 +14,15 @@ import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Final, TypeVar
+from typing import Any, ClassVar, Final, TypeVar, cast
 
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from quictunnel.failures import CommandError, UsageError, reason
+from quictunnel.plain import Plain, Secret, flag_name, key_name
 
 __all__ = [
     "TABLES",
@@ -32,6 +35,7 @@ __all__ = [
     "load_settings",
     "nearest",
     "option_of",
+    "plain",
     "reason",
 ]
 
@@ -39,14 +43,6 @@ TABLES: Final = ("serve", "connect", "load")
 "of the file: the commands that read one"
 
 S = TypeVar("S", bound="Settings")
-
-
-class UsageError(Exception):
-    """The user asked for something that cannot be; the text is one line, fit to be shown as it is."""
-
-
-class CommandError(Exception):
-    """The command was understood and cannot be done; the text is one line, fit to be shown as it is."""
 
 
 class Option:
@@ -94,7 +90,7 @@ class _File(PydanticBaseSettingsSource):
 class Settings(BaseSettings):
     """The options of one command. Made by ``load_settings``, or directly where the values are known to be sound."""
 
-    model_config = SettingsConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, defer_build=True)
 
     table: ClassVar[str] = ""
     "the command's table in the file; empty: it reads none"
@@ -126,6 +122,15 @@ def load_settings(settings: type[S], flags: Mapping[str, Any]) -> S:
         raise UsageError(_explain(settings, flags, error.errors(include_url=False)[0])) from None
 
 
+def plain(settings: S) -> S:
+    """The same as plain values: an object with the attributes of ``settings``, and with none of its methods."""
+    values = {
+        name: Secret(value.get_secret_value()) if isinstance(value, SecretStr) else value
+        for name, value in vars(settings).items()
+    }
+    return cast(S, Plain(values))
+
+
 def option_of(field: FieldInfo) -> Option:
     """The field's command-line side; what stands further out adds to what its type says."""
     merged = Option()
@@ -138,20 +143,10 @@ def option_of(field: FieldInfo) -> Option:
     return merged
 
 
-def flag_name(name: str) -> str:
-    """The flag of a field: ``state_dir`` is ``--state-dir``."""
-    return "--" + _key(name)
-
-
 def environment_name(settings: type[Settings], name: str) -> str:
     """The variable of a field."""
     prefix = Settings.prefix if option_of(settings.model_fields[name]).shared else settings.prefix
     return prefix + name.rstrip("_").upper()
-
-
-def _key(name: str) -> str:
-    """A field's key in the file. A trailing underscore only tells the field from a method of pydantic's."""
-    return name.rstrip("_").replace("_", "-")
 
 
 def _checked(settings: type[BaseSettings]) -> type[Settings]:
@@ -166,7 +161,7 @@ def _read_table(settings: type[Settings], config: str) -> dict[str, Any]:
         if name not in TABLES or not isinstance(value, dict):
             kind = "table" if isinstance(value, dict) else "key outside the tables"
             raise UsageError(f"{config}: unknown {kind} {name!r}{nearest(name, TABLES)}")
-    fields = {_key(name): name for name in settings.model_fields if name != "config"}
+    fields = {key_name(name): name for name in settings.model_fields if name != "config"}
     values: dict[str, Any] = {}
     for key, value in content.get(settings.table, {}).items():
         field = fields.get(key.replace("_", "-"))
@@ -225,7 +220,9 @@ def _origin(settings: type[Settings], flags: Mapping[str, Any], name: str) -> tu
     if "config" in settings.model_fields:
         config = str(flags.get("config") or os.environ.get(environment_name(settings, "config"), ""))
     value = _read_table(settings, config).get(name) if config else settings.model_fields[name].default
-    return f"{config}: {settings.table}.{_key(name)}" if config else _spelled(settings.model_fields[name], name), value
+    return f"{config}: {settings.table}.{key_name(name)}" if config else _spelled(
+        settings.model_fields[name], name
+    ), value
 
 
 def _spelled(field: FieldInfo, name: str) -> str:
@@ -236,9 +233,3 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """What the user may have meant, ready to be put behind what was said; empty if nothing is like it."""
     found = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {found[0]!r}?)" if found else ""
-
-
-def reason(error: OSError) -> str:
-    """What to tell a user of an error of the operating system."""
-    text = error.strerror or str(error)
-    return f"{error.filename}: {text}" if error.filename else text

@@ -259,11 +259,6 @@ class ServeSettings(LogSettings):
         "32MiB", "what all flow-control windows may grow by together"
     )
 
-    @property
-    def default_tunnel_allowed(self) -> bool:
-        """``default_tunnel``, or by default whether the domain is ``localhost``."""
-        return self.domain == "localhost" if self.default_tunnel is None else self.default_tunnel
-
     @model_validator(mode="after")
     def _certificate_is_whole(self) -> "ServeSettings":
         if (self.cert is None) != (self.key is None):

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from quictunnel.options import CommandError
+from quictunnel.failures import CommandError
 from quictunnel.server.admin import connect, doors
 
 __all__ = ["Call", "NoAnswer", "calls"]

@@ -6,22 +6,21 @@ from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from loguru import logger
 
 from quictunnel import log
 from quictunnel.app.gauge import Gauge
 from quictunnel.app.process import calm_collector, choose_engine, hang_up, raise_file_limit, say, stop_signals
-from quictunnel.app.renewal import check_log, flags, renewed, told
+from quictunnel.app.renewal import OF_THE_LOG, check_log, flags, renewed, told
 from quictunnel.app.supervise import Hopeless, Parent
 from quictunnel.client.agent import Agent, AgentConfig, FinalRefusal
 from quictunnel.client.choose import open_backend
 from quictunnel.client.fan_out import Backend, FanOut, host_rule
 from quictunnel.client.health import HealthCheck, HealthRules
 from quictunnel.client.reach import Place
-from quictunnel.options import CommandError, UsageError
-from quictunnel.settings import ConnectSettings, LogSettings
+from quictunnel.failures import CommandError, UsageError
 from quictunnel.trust.certificates import load_authorities
 from quictunnel.trust.files import TrustError, read_bounded
 from quictunnel.trust.join import LOCAL_JOIN, TEXT_LIMIT, JoinString
@@ -29,11 +28,14 @@ from quictunnel.values import Address
 from quictunnel.wire.control import CONNECT_CAPABILITY, Welcome
 from quictunnel.wire.credit import WindowBudget
 
+if TYPE_CHECKING:
+    from quictunnel.settings import ConnectSettings
+
 __all__ = ["LIVE", "agent_config", "connect", "health_check", "named_backend", "serve_session"]
 
 
 async def connect(
-    settings: ConnectSettings, again: Callable[[], ConnectSettings] | None = None, parent: Parent | None = None
+    settings: "ConnectSettings", again: "Callable[[], ConnectSettings] | None" = None, parent: Parent | None = None
 ) -> int:
     """Serve the backend through a server; the exit status. Raises CommandError, OSError and TrustError at the start.
 
@@ -55,7 +57,7 @@ async def connect(
     gauge = nullcontext() if parent is None else Gauge(parent, lambda: fan_out.count)
     renewal = _Renewal(settings, again or (lambda: settings), agent, backend, log_shared=parent is not None)
     try:
-        with stop_signals(parent) as stopped, gauge, hang_up(renewal.renew):
+        with stop_signals(parent) as stopped, gauge, hang_up(renewal.read, renewal.renew):
             calm_collector()
             await serve_session(agent, stopped, settings.grace)
     except FinalRefusal as refusal:
@@ -94,8 +96,8 @@ class _Renewal:
 
     def __init__(
         self,
-        settings: ConnectSettings,
-        again: Callable[[], ConnectSettings],
+        settings: "ConnectSettings",
+        again: "Callable[[], ConnectSettings]",
         agent: Agent,
         backend: Backend,
         *,
@@ -107,15 +109,20 @@ class _Renewal:
         self._backend = backend
         self._log_shared = log_shared
 
-    def renew(self) -> None:
+    def read(self) -> "ConnectSettings":
+        """The settings anew. Raises UsageError. Touches nothing else: a thread may do it."""
+        return self._again()
+
+    def renew(self, read: "Callable[[], ConnectSettings] | None" = None) -> None:
+        """Change what ``read`` returns other than it was; by default the settings are read here and now."""
         try:
-            settings, changed, fixed = renewed(self._settings, self._again(), LIVE)
+            settings, changed, fixed = renewed(self._settings, (read or self.read)(), LIVE)
             check_log(settings)
             config = agent_config(settings)
         except (CommandError, UsageError, TrustError, ValueError, OSError) as error:
             logger.error("not reloaded, all stays as it was: {}", told(error))
             return
-        if changed & set(LogSettings.model_fields):
+        if changed & OF_THE_LOG:
             log.set_up(settings.log_level, settings.log_format, settings.log_file, shared=self._log_shared)
         self._settings = settings
         self._agent.reconfigure(config, health_check(settings, self._backend))
@@ -124,7 +131,7 @@ class _Renewal:
             logger.warning("these need a restart: {}", flags(fixed))
 
 
-async def named_backend(settings: ConnectSettings, budget: WindowBudget) -> Backend:
+async def named_backend(settings: "ConnectSettings", budget: WindowBudget) -> Backend:
     """The backend that the settings name. Raises ValueError."""
     return await open_backend(
         settings.backend,
@@ -139,7 +146,7 @@ async def named_backend(settings: ConnectSettings, budget: WindowBudget) -> Back
     )
 
 
-def health_check(settings: ConnectSettings, backend: Backend) -> HealthCheck | None:
+def health_check(settings: "ConnectSettings", backend: Backend) -> HealthCheck | None:
     """What watches over the backend, if anything is to."""
     if settings.health_path is None:
         return None
@@ -169,7 +176,7 @@ async def serve_session(agent: Agent, stopped: asyncio.Event, grace: float) -> N
         running.cancel()
 
 
-def agent_config(settings: ConnectSettings) -> AgentConfig:
+def agent_config(settings: "ConnectSettings") -> AgentConfig:
     """Whom to dial and what to show there. Raises CommandError and TrustError."""
     join = None
     if settings.join is not None:
@@ -201,7 +208,7 @@ def agent_config(settings: ConnectSettings) -> AgentConfig:
     )
 
 
-def _local_join(settings: ConnectSettings) -> JoinString:
+def _local_join(settings: "ConnectSettings") -> JoinString:
     """What a server on this machine left for its user. Raises CommandError that says what else would do."""
     path = settings.state_dir / LOCAL_JOIN
     try:

@@ -16,8 +16,8 @@ from quictunnel.backends.asgi import AsgiBackend
 from quictunnel.client.agent import Agent, AgentConfig
 from quictunnel.client.fan_out import FanOut
 from quictunnel.demo import app
+from quictunnel.failures import CommandError
 from quictunnel.log import AccessLog
-from quictunnel.options import CommandError
 from quictunnel.quic.engine import Engine
 from quictunnel.quic.sockets import settle
 from quictunnel.server.server import Server

@@ -2,13 +2,15 @@
 
 import socket
 from datetime import UTC, datetime
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from loguru import logger
 
 from quictunnel.quic.engine import ServerIdentity
-from quictunnel.settings import ServeSettings
 from quictunnel.trust.certificates import Issuer, check_pair, ensure_server_certificate, load_authorities, show
+
+if TYPE_CHECKING:
+    from quictunnel.settings import ServeSettings
 
 __all__ = ["WILDCARDS", "Identity", "identity_of", "outward_address"]
 
@@ -28,7 +30,7 @@ class Identity(NamedTuple):
     "of certificates for single tunnels and custom hosts, which the server's own cannot be for"
 
 
-def identity_of(settings: ServeSettings, quic_host: str) -> Identity:
+def identity_of(settings: "ServeSettings", quic_host: str) -> Identity:
     """The certificate of the settings, or the state directory's own, made or renewed if need be. Raises TrustError."""
     now = datetime.now(UTC)
     if settings.cert is None or settings.key is None:
@@ -47,7 +49,7 @@ def identity_of(settings: ServeSettings, quic_host: str) -> Identity:
     return Identity(files, load_authorities(settings.ca, now).decode("ascii"), show(settings.ca)[0].pin, None)
 
 
-def _names(settings: ServeSettings, quic_host: str) -> list[str]:
+def _names(settings: "ServeSettings", quic_host: str) -> list[str]:
     """What the server's certificate is for: every name and address that clients, and visitors by TLS, may dial."""
     names = ["localhost", "127.0.0.1", "::1"]
     if settings.domain != "localhost":

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from loguru import logger
 
@@ -19,8 +19,11 @@ from quictunnel.app.process import choose_engine, say
 from quictunnel.app.renewal import renewed
 from quictunnel.app.scaling import Sample, Scaling
 from quictunnel.app.supervise import Message, Parent, Supervisor, one_of_many
-from quictunnel.options import UsageError
-from quictunnel.settings import ConnectSettings
+from quictunnel.failures import UsageError
+from quictunnel.plain import replaced
+
+if TYPE_CHECKING:
+    from quictunnel.settings import ConnectSettings
 
 __all__ = ["connect_processes"]
 
@@ -33,7 +36,7 @@ _STOP_MARGIN: Final = 10.0
 Run = Callable[[Coroutine[Any, Any, int]], int]
 
 
-def connect_processes(settings: ConnectSettings, again: Callable[[], ConnectSettings], run: Run) -> int:
+def connect_processes(settings: "ConnectSettings", again: "Callable[[], ConnectSettings]", run: Run) -> int:
     """Serve the backend by several processes; the exit status.
 
     ``again`` reads the settings anew and raises UsageError; ``run`` runs a coroutine in an event loop of its own.
@@ -44,7 +47,7 @@ def connect_processes(settings: ConnectSettings, again: Callable[[], ConnectSett
 
 
 class _Pool:
-    def __init__(self, settings: ConnectSettings, again: Callable[[], ConnectSettings], run: Run) -> None:
+    def __init__(self, settings: "ConnectSettings", again: "Callable[[], ConnectSettings]", run: Run) -> None:
         choose_engine(settings.engine)  # once, for all that are forked
         self._settings = settings
         self._again = again
@@ -81,10 +84,10 @@ class _Pool:
         work = partial(connect, self._settings, self._read_again, parent)
         return one_of_many(lambda: self._run(work()), others_work=self._announced)
 
-    def _read_again(self) -> ConnectSettings:
+    def _read_again(self) -> "ConnectSettings":
         """The settings as a child is to have them. Raises UsageError."""
         found = self._again()
-        return found if found.tunnel is not None else found.model_copy(update={"tunnel": self._settings.tunnel})
+        return found if found.tunnel is not None else replaced(found, {"tunnel": self._settings.tunnel})
 
     def _renew(self) -> None:
         """Children read the settings for themselves; those that are started later are to have the new ones too."""
@@ -101,7 +104,7 @@ class _Pool:
     def _welcomed(self, index: int, tunnel: str, url: str) -> None:
         lowest = self._settings.processes.lowest
         if self._settings.tunnel is None:
-            self._settings = self._settings.model_copy(update={"tunnel": tunnel})
+            self._settings = replaced(self._settings, {"tunnel": tunnel})
             self._start(lowest)
         self._ready.add(index)
         if len(self._ready) >= lowest and not self._announced:

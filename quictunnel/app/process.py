@@ -7,18 +7,21 @@ import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Final
+from typing import Final, TypeVar
 
 from loguru import logger
 
 from quictunnel.app.supervise import Parent
-from quictunnel.options import CommandError
+from quictunnel.failures import CommandError
 from quictunnel.quic.engine import Engine, select_engine
 
 __all__ = ["calm_collector", "choose_engine", "hang_up", "raise_file_limit", "say", "stop_signals", "visitors_allowed"]
 
 _OTHER_FILES: Final = 320
 "that a server has open beside its visitors' sockets, the visitors too many among them that are told so"
+
+
+S = TypeVar("S")
 
 
 def choose_engine(name: str) -> Engine:
@@ -60,14 +63,42 @@ def stop_signals(parent: Parent | None = None) -> Iterator[asyncio.Event]:
 
 
 @contextmanager
-def hang_up(act: Callable[[], None]) -> Iterator[None]:
-    """Let SIGHUP do this."""
+def hang_up(read: Callable[[], S], act: Callable[[Callable[[], S]], None]) -> Iterator[None]:
+    """Let SIGHUP read the settings and act on them: ``act`` is given what returns them, or raises what ``read`` did.
+
+    They are read by a thread: what reads options is loaded for it, which takes a third of a second.
+    """
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGHUP, act)
+    reading: asyncio.Future[S] | None = None
+    again = False
+
+    def begin() -> None:
+        nonlocal reading, again
+        if reading is not None:
+            again = True  # what is being read now may be older than this signal
+            return
+        reading = loop.run_in_executor(None, read)
+        reading.add_done_callback(done)
+
+    def done(found: asyncio.Future[S]) -> None:
+        nonlocal reading, again
+        reading = None
+        if found.cancelled():
+            return
+        if again:
+            again = False
+            found.exception()  # seen, and not needed
+            begin()
+        else:
+            act(found.result)
+
+    loop.add_signal_handler(signal.SIGHUP, begin)
     try:
         yield
     finally:
         loop.remove_signal_handler(signal.SIGHUP)
+        if reading is not None:
+            reading.remove_done_callback(done)
 
 
 def say(line: str) -> None:

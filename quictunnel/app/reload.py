@@ -5,24 +5,26 @@ on as it was.
 """
 
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from loguru import logger
 
 from quictunnel import log
 from quictunnel.app.identity import Identity, identity_of
 from quictunnel.app.process import visitors_allowed
-from quictunnel.app.renewal import check_log, flags, renewed, told
+from quictunnel.app.renewal import OF_THE_LOG, check_log, flags, renewed, told
+from quictunnel.failures import UsageError
 from quictunnel.http.visitor import VisitorLimits
 from quictunnel.log import AccessLog
-from quictunnel.options import UsageError
 from quictunnel.server.registry import RegistryLimits
 from quictunnel.server.server import Server, ServerConfig
-from quictunnel.settings import LogSettings, ServeSettings
 from quictunnel.trust.files import TrustError
 from quictunnel.trust.tokens import TokenStore
 
-__all__ = ["Reloader", "logs_requests", "server_config"]
+if TYPE_CHECKING:
+    from quictunnel.settings import LogSettings, ServeSettings
+
+__all__ = ["Reloader", "default_tunnel_allowed", "logs_requests", "server_config"]
 
 _LIVE: Final = frozenset(
     {
@@ -60,13 +62,13 @@ class Reloader:
 
     def __init__(
         self,
-        settings: ServeSettings,
-        again: Callable[[], ServeSettings],
+        settings: "ServeSettings",
+        again: "Callable[[], ServeSettings]",
         server: Server,
         tokens: TokenStore,
         access: AccessLog,
         identity: Identity,
-        announce: Callable[[ServeSettings, Identity], None] = lambda settings, identity: None,
+        announce: "Callable[[ServeSettings, Identity], None]" = lambda settings, identity: None,
         *,
         log_shared: bool = False,
         worker: int = 0,
@@ -86,17 +88,24 @@ class Reloader:
         self._log_shared = log_shared
         self._worker = worker
 
-    def reload(self) -> None:
-        """Read everything anew, and change what can be changed."""
+    def read(self) -> "ServeSettings":
+        """The settings anew. Raises UsageError. Touches nothing else: a thread may do it."""
+        return self._again()
+
+    def reload(self, read: "Callable[[], ServeSettings] | None" = None) -> None:
+        """Read everything anew, and change what can be changed.
+
+        ``read`` returns the settings or raises UsageError; by default they are read here and now.
+        """
         try:
-            settings, changed, fixed = renewed(self.settings, self._again(), _LIVE)
+            settings, changed, fixed = renewed(self.settings, (read or self.read)(), _LIVE)
             check_log(settings)
             identity = identity_of(settings, settings.quic[0])
             self._server.reconfigure(server_config(settings, identity, self._worker))
         except (UsageError, TrustError, ValueError, OSError) as error:
             logger.error("not reloaded, all stays as it was: {}", told(error))
             return
-        if changed & set(LogSettings.model_fields):
+        if changed & OF_THE_LOG:
             log.set_up(settings.log_level, settings.log_format, settings.log_file, shared=self._log_shared)
             self._access.change(settings.log_format, enabled=logs_requests(settings))
         try:
@@ -121,7 +130,7 @@ class Reloader:
             logger.error("cannot renew the server certificate: {}", told(error))
 
 
-def server_config(settings: ServeSettings, identity: Identity, worker: int = 0) -> ServerConfig:
+def server_config(settings: "ServeSettings", identity: Identity, worker: int = 0) -> ServerConfig:
     """What a server of these settings is told, or one worker of it: what is limited as a whole is divided evenly."""
     workers = settings.workers
     return ServerConfig(
@@ -132,7 +141,7 @@ def server_config(settings: ServeSettings, identity: Identity, worker: int = 0) 
         identity=identity.files,
         authority=identity.authority,
         issuer=identity.issuer,
-        default_tunnel=settings.default_tunnel_allowed,
+        default_tunnel=default_tunnel_allowed(settings),
         max_names=settings.max_names,
         trusted_proxies=tuple(settings.trusted_proxies),
         retry=settings.retry,
@@ -158,6 +167,11 @@ def server_config(settings: ServeSettings, identity: Identity, worker: int = 0) 
     )
 
 
-def logs_requests(settings: LogSettings) -> bool:
+def default_tunnel_allowed(settings: "ServeSettings") -> bool:
+    """``default_tunnel``, or by default whether the domain is ``localhost``."""
+    return settings.domain == "localhost" if settings.default_tunnel is None else settings.default_tunnel
+
+
+def logs_requests(settings: "LogSettings") -> bool:
     """Whether the line of each request is logged."""
     return settings.log_level in ("trace", "debug", "info")

@@ -2,14 +2,19 @@
 
 import os
 from collections.abc import Collection
-from typing import Final, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
 
-from quictunnel.options import flag_name, reason
-from quictunnel.settings import LogSettings
+from quictunnel.failures import reason
+from quictunnel.plain import flag_name, replaced
 
-__all__ = ["OF_THE_START", "Renewed", "check_log", "flags", "renewed", "told"]
+if TYPE_CHECKING:
+    from quictunnel.settings import LogSettings
 
-S = TypeVar("S", bound=LogSettings)
+__all__ = ["OF_THE_LOG", "OF_THE_START", "Renewed", "check_log", "flags", "renewed", "told"]
+
+S = TypeVar("S", bound="LogSettings")
+
+OF_THE_LOG: Final = frozenset({"log_file", "log_format", "log_level"})
 
 # About the start alone.
 OF_THE_START: Final = frozenset({"config", "takeover"})
@@ -25,13 +30,14 @@ class Renewed(NamedTuple, Generic[S]):
 
 def renewed(before: S, found: S, live: frozenset[str]) -> Renewed[S]:
     """What a running process takes of settings that were read anew: the ``live`` options."""
-    names = {name for name in type(before).model_fields if getattr(before, name) != getattr(found, name)}
+    now = vars(found)
+    names = {name for name, value in vars(before).items() if value != now[name]}
     fixed = names - OF_THE_START - live
-    settings = found.model_copy(update={name: getattr(before, name) for name in fixed})
+    settings = replaced(found, {name: getattr(before, name) for name in fixed})
     return Renewed(settings, names & live, fixed)
 
 
-def check_log(settings: LogSettings) -> None:
+def check_log(settings: "LogSettings") -> None:
     """Whether the log can be written, before the present one is closed. Raises OSError."""
     if settings.log_file is not None:
         settings.log_file.parent.mkdir(parents=True, exist_ok=True)

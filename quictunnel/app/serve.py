@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from loguru import logger
 
@@ -14,21 +14,23 @@ from quictunnel.app.process import calm_collector, choose_engine, hang_up, raise
 from quictunnel.app.reload import Reloader, logs_requests, server_config
 from quictunnel.app.supervise import Parent
 from quictunnel.app.takeover import Addresses, Inherited, take_over
+from quictunnel.failures import CommandError
 from quictunnel.http.tls import quiet_names
 from quictunnel.log import AccessLog
-from quictunnel.options import CommandError
 from quictunnel.quic.engine import Engine
 from quictunnel.quic.sockets import settle
 from quictunnel.server.admin import Admin
 from quictunnel.server.handover import Handover
 from quictunnel.server.server import Server, Sockets, public_urls
 from quictunnel.server.status import Status
-from quictunnel.settings import ServeSettings
 from quictunnel.trust.files import private_directory, write_private
 from quictunnel.trust.join import LOCAL_JOIN, JoinString
 from quictunnel.trust.owners import Owners
 from quictunnel.trust.tokens import TokenRefused, TokenStore
 from quictunnel.values import Address
+
+if TYPE_CHECKING:
+    from quictunnel.settings import ServeSettings
 
 __all__ = ["Bound", "Worker", "announce", "make_server", "serve"]
 
@@ -53,7 +55,7 @@ class Worker(NamedTuple):
 
 
 async def serve(
-    settings: ServeSettings, again: Callable[[], ServeSettings] | None = None, worker: Worker | None = None
+    settings: "ServeSettings", again: "Callable[[], ServeSettings] | None" = None, worker: Worker | None = None
 ) -> int:
     """Run a server until told to stop; the exit status. Raises CommandError, OSError and TrustError at the start.
 
@@ -70,7 +72,7 @@ async def serve(
     access = AccessLog(settings.log_format, enabled=logs_requests(settings))
     server = make_server(settings, engine, tokens, identity, access, index)
 
-    def tell(settings: ServeSettings, identity: Identity) -> None:
+    def tell(settings: "ServeSettings", identity: Identity) -> None:
         if index == 0:
             bound = Bound(server.http_address, server.https_address, server.quic_address)
             announce(settings, engine, tokens, identity, bound)
@@ -81,7 +83,7 @@ async def serve(
     )  # fmt: skip
     # Only now: what cannot be is found out before anything of a running server is touched.
     inherited = _inherit(settings, worker) if settings.takeover else None
-    with stop_signals(parent) as stopped, hang_up(reloader.reload), quiet_names():
+    with stop_signals(parent) as stopped, hang_up(reloader.read, reloader.reload), quiet_names():
         if inherited is not None:
             try:
                 await inherited.begin(server)
@@ -133,7 +135,12 @@ async def _clients_back(server: Server, stopped: asyncio.Event) -> None:
 
 
 def make_server(
-    settings: ServeSettings, engine: Engine, tokens: TokenStore, identity: Identity, access: AccessLog, worker: int = 0
+    settings: "ServeSettings",
+    engine: Engine,
+    tokens: TokenStore,
+    identity: Identity,
+    access: AccessLog,
+    worker: int = 0,
 ) -> Server:
     """A server of these settings, not yet started. Raises CommandError and TrustError."""
     owners = Owners(settings.state_dir)
@@ -152,7 +159,7 @@ class Bound(NamedTuple):
     quic: tuple[str, int]
 
 
-def announce(settings: ServeSettings, engine: Engine, tokens: TokenStore, identity: Identity, bound: Bound) -> None:
+def announce(settings: "ServeSettings", engine: Engine, tokens: TokenStore, identity: Identity, bound: Bound) -> None:
     """Print the facts that a script may wait for, and the line to paste on the other machine."""
     address = _dialled_address(settings, bound.quic)
     facts = f"http={Address(*bound.http)} quic={Address(*bound.quic)} domain={settings.domain} engine={engine.name}"
@@ -182,7 +189,7 @@ def _local_join(directory: Path, tokens: TokenStore, address: str, pin: bytes) -
     return join
 
 
-def _inherit(settings: ServeSettings, worker: Worker | None) -> Inherited | None:
+def _inherit(settings: "ServeSettings", worker: Worker | None) -> Inherited | None:
     """What the running server, or its worker of the same number, leaves to this one. Raises CommandError."""
     addresses = Addresses(settings.http, settings.https, settings.quic)
     only = None if worker is None else worker.number
@@ -197,7 +204,9 @@ def _inherit(settings: ServeSettings, worker: Worker | None) -> Inherited | None
     return None
 
 
-def _open_door(settings: ServeSettings, engine: Engine, server: Server, worker: int, end: Callable[[], None]) -> Admin:
+def _open_door(
+    settings: "ServeSettings", engine: Engine, server: Server, worker: int, end: Callable[[], None]
+) -> Admin:
     """The owner's door. A server without one serves all the same. ``end`` is called when another process serves."""
     facts = {
         "worker": worker,
@@ -230,7 +239,7 @@ async def _renew(reloader: Reloader) -> None:
         reloader.renew()
 
 
-def _dialled_address(settings: ServeSettings, bound: tuple[str, int]) -> str:
+def _dialled_address(settings: "ServeSettings", bound: tuple[str, int]) -> str:
     """The address for the join string: the one advertised, else the one bound, else the best guess."""
     if settings.advertise is not None:
         return str(Address(settings.advertise[0], settings.advertise[1] or bound[1]))

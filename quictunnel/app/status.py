@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from quictunnel.app.ask import Call, NoAnswer, calls
 from quictunnel.app.process import say
+from quictunnel.failures import CommandError
 from quictunnel.log import escape
-from quictunnel.options import CommandError
 from quictunnel.settings import StatusSettings
 
 __all__ = ["merged", "status", "table"]

@@ -24,7 +24,7 @@ from typing import Any, Final, NoReturn
 
 from loguru import logger
 
-from quictunnel.options import CommandError, reason
+from quictunnel.failures import CommandError, reason
 from quictunnel.trust.files import TrustError
 
 __all__ = ["Hopeless", "Parent", "Supervisor", "one_of_many"]

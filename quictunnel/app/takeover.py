@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 from loguru import logger
 
 from quictunnel.app.ask import Call, NoAnswer, calls
-from quictunnel.options import CommandError
+from quictunnel.failures import CommandError
 from quictunnel.quic.succession import Predecessor
 from quictunnel.server.admin import Conversation
 from quictunnel.server.handover import PROTOCOL

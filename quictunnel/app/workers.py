@@ -10,23 +10,27 @@ import errno
 import gc
 import socket
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from loguru import logger
 
 from quictunnel import log
 from quictunnel.app.identity import identity_of
 from quictunnel.app.process import choose_engine, raise_file_limit
+from quictunnel.app.renewal import OF_THE_LOG
 from quictunnel.app.serve import Bound, Worker, announce, serve
 from quictunnel.app.supervise import Message, Parent, Supervisor, one_of_many
 from quictunnel.app.takeover import Addresses, take_over
-from quictunnel.options import CommandError, UsageError
+from quictunnel.failures import CommandError, UsageError
+from quictunnel.plain import replaced
 from quictunnel.quic.steering import steer
 from quictunnel.server.server import Sockets
-from quictunnel.settings import LogSettings, ServeSettings
 from quictunnel.trust.files import private_directory
 from quictunnel.trust.tokens import TokenStore
 from quictunnel.values import Address
+
+if TYPE_CHECKING:
+    from quictunnel.settings import ServeSettings
 
 __all__ = ["Ports", "serve_workers"]
 
@@ -40,7 +44,7 @@ _STOP_MARGIN: Final = 10.0
 Run = Callable[[Coroutine[Any, Any, int]], int]
 
 
-def serve_workers(settings: ServeSettings, again: Callable[[], ServeSettings], run: Run) -> int:
+def serve_workers(settings: "ServeSettings", again: "Callable[[], ServeSettings]", run: Run) -> int:
     """Run a server of several processes; the exit status. ``run`` runs a coroutine in an event loop of its own.
 
     Raises CommandError, OSError and TrustError at the start.
@@ -92,14 +96,14 @@ def serve_workers(settings: ServeSettings, again: Callable[[], ServeSettings], r
         return supervisor.run()
 
 
-def _log_anew(settings: ServeSettings, again: Callable[[], ServeSettings]) -> ServeSettings:
+def _log_anew(settings: "ServeSettings", again: "Callable[[], ServeSettings]") -> "ServeSettings":
     """Log as the options say by now; what else has changed, and what is wrong, is for the workers to say."""
     try:
         found = again()
-        changed = {name for name in LogSettings.model_fields if getattr(found, name) != getattr(settings, name)}
+        changed = {name for name in OF_THE_LOG if getattr(found, name) != getattr(settings, name)}
         if changed:
             log.set_up(found.log_level, found.log_format, found.log_file, shared=True)
-        return settings.model_copy(update={name: getattr(found, name) for name in changed})
+        return replaced(settings, {name: getattr(found, name) for name in changed})
     except (UsageError, OSError):
         return settings
 
@@ -107,7 +111,7 @@ def _log_anew(settings: ServeSettings, again: Callable[[], ServeSettings]) -> Se
 class Ports:
     """The sockets of all workers, each in a group of its port."""
 
-    def __init__(self, settings: ServeSettings, inherited: Sequence[Sockets] = ()) -> None:
+    def __init__(self, settings: "ServeSettings", inherited: Sequence[Sockets] = ()) -> None:
         """``inherited`` are those of a server that is taken over.
 
         Raises OSError with the address in its text, and CommandError where workers cannot be.
@@ -123,7 +127,7 @@ class Ports:
             first.quic.getsockname()[:2],
         )
 
-    def _open(self, settings: ServeSettings) -> None:
+    def _open(self, settings: "ServeSettings") -> None:
         try:
             quic = self._bind("--quic", settings.quic, settings.workers, socket.SOCK_DGRAM)
             http = self._bind("--http", settings.http, settings.workers, socket.SOCK_STREAM)

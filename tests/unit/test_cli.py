@@ -50,7 +50,7 @@ def test_serve_is_handed_its_settings(app: Callable[[Outcome], list[Any]], capsy
     handed = app(0)
     assert main(["serve", "--http", "127.0.0.1:0", "--no-default-tunnel", "--trusted-proxies", "::1"]) == 0
     assert handed[0].http == Address("127.0.0.1", 0)
-    assert handed[0].default_tunnel_allowed is False
+    assert handed[0].default_tunnel is False
     assert "started" in capsys.readouterr().err
 
 

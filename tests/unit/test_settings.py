@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from quictunnel import values
+from quictunnel.app.reload import default_tunnel_allowed
+from quictunnel.app.renewal import OF_THE_LOG
 from quictunnel.options import Settings, UsageError, environment_name, load_settings, option_of
 from quictunnel.settings import (
     CertsInitSettings,
@@ -19,6 +21,7 @@ from quictunnel.settings import (
     ConnectSettings,
     DemoSettings,
     LoadSettings,
+    LogSettings,
     ServeSettings,
     TokenCreateSettings,
     TokenListSettings,
@@ -266,7 +269,11 @@ def test_settings_do_not_change() -> None:
     ],
 )
 def test_the_default_tunnel_is_on_for_localhost_alone(flags: dict[str, Any], allowed: bool) -> None:
-    assert load_settings(ServeSettings, flags).default_tunnel_allowed is allowed
+    assert default_tunnel_allowed(load_settings(ServeSettings, flags)) is allowed
+
+
+def test_a_running_process_knows_the_options_of_its_log() -> None:
+    assert set(LogSettings.model_fields) == OF_THE_LOG
 
 
 def test_authority_is_a_file_or_the_systems() -> None:
