@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Final
 from loguru import logger
 
 from quictunnel import log
-from quictunnel.app.gauge import Gauge
 from quictunnel.app.process import calm_collector, choose_engine, hang_up, raise_file_limit, say, stop_signals
 from quictunnel.app.renewal import OF_THE_LOG, check_log, flags, renewed, told
 from quictunnel.app.supervise import Hopeless, Parent
@@ -21,7 +20,6 @@ from quictunnel.client.fan_out import Backend, FanOut, host_rule
 from quictunnel.client.health import HealthCheck, HealthRules
 from quictunnel.client.reach import Place
 from quictunnel.failures import CommandError, UsageError
-from quictunnel.trust.certificates import load_authorities
 from quictunnel.trust.files import TrustError, read_bounded
 from quictunnel.trust.join import LOCAL_JOIN, TEXT_LIMIT, JoinString
 from quictunnel.values import Address
@@ -54,7 +52,11 @@ async def connect(
     announce = _announce if parent is None else partial(_report, parent)
     health = health_check(settings, backend)
     agent = Agent(config, engine, fan_out, budget=budget, health=health, on_welcome=announce)
-    gauge = nullcontext() if parent is None else Gauge(parent, lambda: fan_out.count)
+    gauge: AbstractContextManager[object] = nullcontext()
+    if parent is not None:
+        from quictunnel.app.gauge import Gauge
+
+        gauge = Gauge(parent, lambda: fan_out.count)
     renewal = _Renewal(settings, again or (lambda: settings), agent, backend, log_shared=parent is not None)
     try:
         with stop_signals(parent) as stopped, gauge, hang_up(renewal.read, renewal.renew):
@@ -190,6 +192,8 @@ def agent_config(settings: "ConnectSettings") -> AgentConfig:
     if settings.ca is None:
         pin = join.ca_pin if join is not None else None
     elif isinstance(settings.ca, Path):
+        from quictunnel.trust.certificates import load_authorities  # with a pin it is not needed, and it is large
+
         authority = load_authorities(settings.ca, datetime.now(UTC))
     return AgentConfig(
         host=first.host,

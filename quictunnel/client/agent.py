@@ -30,8 +30,8 @@ from quictunnel.quic.link import Link, LinkClosed, LinkOwner
 from quictunnel.quic.sockets import settle
 from quictunnel.quic.stream import StreamLeg
 from quictunnel.quic.tickets import Tickets
-from quictunnel.trust.certificates import diagnose, pinned_authority
 from quictunnel.trust.files import TrustError
+from quictunnel.trust.pins import pinned_authority
 from quictunnel.wire.control import (
     PROBE_CAPABILITY,
     VERSION,
@@ -580,6 +580,9 @@ class Agent(LinkOwner):
             der = ssl.PEM_cert_to_DER_cert(shown[: shown.index("-----END CERTIFICATE-----") + 26])
         except (DialError, ValueError):
             return str(error)
+        # Loaded by who has to explain: what reads certificates is large.
+        from quictunnel.trust.certificates import diagnose
+
         return diagnose(der, place.server_name, self._authority, datetime.now(UTC))
 
     # What links tell

@@ -26,7 +26,6 @@ from quictunnel.http.departure import Departure
 from quictunnel.http.door import DoorParser, Request
 from quictunnel.http.http1_visitor import Http1VisitorLeg
 from quictunnel.http.http2_frames import PREFACE
-from quictunnel.http.http2_visitor import Http2VisitorConnection
 from quictunnel.http.pages import error_page
 from quictunnel.http.visitor_output import WRITE_SIZE, VisitorOutput
 from quictunnel.wire.errors import ErrorCode, TunnelError
@@ -212,6 +211,9 @@ class VisitorConnection(VisitorOutput):
 
     def _become_http2(self, data: bytes) -> None:
         """Give the socket, and what was read from it, to a connection of the other version."""
+        # Most servers never see a visitor of that version who does not come by TLS, and what reads it is 2 MB.
+        from quictunnel.http.http2_visitor import Http2VisitorConnection
+
         self._closing = True
         connection = Http2VisitorConnection(self._listener, self._forwarding, self._scheme, self._held_to)
         self._listener.replace(self, connection)

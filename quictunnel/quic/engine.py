@@ -4,7 +4,7 @@ aioquic and its fork qh3 have the same shape (feed a datagram, take events, take
 different classes, and a few habits that differ. ``Engine`` is what both are to the rest of this package. Only public
 names are used, with exceptions that give their reasons: ``Engine.streams_allowed``, ``aioquic_reins``, ``qh3_reins``.
 
-Only the library that is used is imported, for each takes a fifth of a second; a listener wants ``first_packets`` too.
+Only the library that is used is imported, for each takes a fifth of a second and several megabytes.
 """
 
 import ssl
@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Final, Protocol
-
-import certifi
 
 from quictunnel.quic.tickets import Tickets
 
@@ -152,6 +150,9 @@ class Engine:
     events: Any
     "the module of event classes: StreamDataReceived, StreamReset, StopSendingReceived, PingAcknowledged, …"
 
+    packets: Any
+    "the module with encode_quic_retry"
+
     def server_configuration(self, identity: ServerIdentity, datagram_size: int) -> Any:
         """What every connection of a listener shares. Raises OSError and ValueError for files that cannot be used."""
         configuration = self._configuration(is_client=False, max_datagram_size=datagram_size)
@@ -198,7 +199,7 @@ class Engine:
         if trust.authority is not None:
             configuration.load_verify_locations(cadata=trust.authority)
         else:
-            configuration.load_verify_locations(cafile=ssl.get_default_verify_paths().cafile or certifi.where())
+            configuration.load_verify_locations(cafile=ssl.get_default_verify_paths().cafile or _public_authorities())
         connection = self.connection(configuration=configuration, session_ticket_handler=on_ticket)
         if worker is not None:
             number, workers = worker
@@ -240,6 +241,12 @@ class Engine:
         )
 
 
+def _public_authorities() -> str:
+    import certifi
+
+    return certifi.where()
+
+
 def select_engine(name: str) -> Engine:
     """The engine of that name; ``auto`` is qh3 where it is installed. Raises ValueError for one that is not there."""
     if name == "auto":
@@ -273,4 +280,5 @@ def select_engine(name: str) -> Engine:
         connection_error=connection.QuicConnectionError,
         configuration=import_module(f"{name}.quic.configuration").QuicConfiguration,
         events=import_module(f"{name}.quic.events"),
+        packets=import_module(f"{name}.quic.packet"),
     )

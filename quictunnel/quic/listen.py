@@ -224,7 +224,7 @@ class LinkListener:
         if not header.token and self._must_prove_address():
             new_cid = self._steering.new_id()
             token = self._tokens.create(address, header, new_cid, now)
-            self._send(retry_packet(header, new_cid, token), address)
+            self._send(retry_packet(self.engine, header, new_cid, token), address)
             return
         if header.token:
             try:

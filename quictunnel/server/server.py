@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from loguru import logger
 
@@ -25,13 +25,15 @@ from quictunnel.server.gate import Gate
 from quictunnel.server.hosts import Hosts
 from quictunnel.server.probes import Prober
 from quictunnel.server.registry import Registry, RegistryLimits
-from quictunnel.trust.certificates import Issuer
 from quictunnel.trust.owners import Owners
 from quictunnel.trust.tokens import TokenStore
 from quictunnel.wire.control import Authority
 from quictunnel.wire.credit import WindowBudget
 from quictunnel.wire.errors import TunnelError
 from quictunnel.wire.fields import tunnel_name
+
+if TYPE_CHECKING:
+    from quictunnel.trust.certificates import Issuer
 
 __all__ = ["Known", "Server", "ServerConfig", "Sockets", "public_urls"]
 
@@ -55,7 +57,7 @@ class ServerConfig:
     https: tuple[str, int] | None = None
     "where visitors come in by TLS, beside ``http``"
 
-    issuer: Issuer | None = None
+    issuer: "Issuer | None" = None
     "makes certificates for custom hosts, and for tunnels of a domain whose wildcard no certificate can have"
 
     default_tunnel: bool = False

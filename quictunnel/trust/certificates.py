@@ -7,7 +7,6 @@ pin is the SHA-256 of the CA certificate's DER: whoever has it can take the cert
 Every ``now`` is an aware datetime.
 """
 
-import hmac
 import ipaddress
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from quictunnel.trust.files import TrustError, locked, private_directory, read_bounded, write_private
+from quictunnel.trust.pins import FILE_LIMIT, check_dates
 from quictunnel.wire.names import normalise_host_pattern
 
 __all__ = [
@@ -49,7 +49,6 @@ __all__ = [
     "init",
     "issue",
     "load_authorities",
-    "pinned_authority",
     "show",
 ]
 
@@ -65,9 +64,6 @@ SERVER_DAYS_LIMIT: Final = 397
 NAMES_LIMIT: Final = 100
 SIZE_LIMIT: Final = 8192
 "bytes of DER: half of what QUIC libraries buffer of a handshake"
-
-FILE_LIMIT: Final = 1024 * 1024
-"bytes of a PEM file; a system's bundle of all public CAs has about 200 kB"
 
 CLOCK_SKEW: Final = timedelta(hours=1)
 "that a new certificate is dated back, for clients whose clock is behind"
@@ -248,27 +244,6 @@ def load_authorities(path: Path, now: datetime) -> bytes:
     if not current:
         _check_dates(authorities[0], f"the CA certificate {path}", now, "get the server's present ca.pem")
     return b"".join(each.public_bytes(Encoding.PEM) for each in current)
-
-
-def pinned_authority(pem: bytes, pin: bytes, now: datetime) -> bytes:
-    """The PEM of the CA certificate that a stranger handed over, once it is seen to be the one that was pinned.
-
-    ``pin`` is 32 bytes. Nothing but that one certificate is returned, however much came. Raises TrustError.
-    """
-    try:
-        certificates = x509.load_pem_x509_certificates(pem[:FILE_LIMIT])
-    except ValueError:
-        raise TrustError("the server sent no CA certificate; is it a quictunnel server?") from None
-    for certificate in certificates:
-        if hmac.compare_digest(authority_pin(certificate), pin):
-            if not _is_authority(certificate):
-                raise TrustError("the pinned certificate is not a CA's; get a new join string from the server")
-            _check_dates(certificate, "the server's CA", now, "make a new CA on the server and a new join string")
-            return certificate.public_bytes(Encoding.PEM)
-    raise TrustError(
-        "the server's CA is not the one in the join string: either the server was set up anew (get a new join string), "
-        "or something else answers at its address"
-    )
 
 
 def diagnose(certificate: bytes, host: str, authorities: bytes | None, now: datetime) -> str:
@@ -559,12 +534,7 @@ def _load_key(path: Path) -> _PrivateKey:
 
 
 def _check_dates(certificate: x509.Certificate, what: str, now: datetime, advice: str) -> None:
-    if now > certificate.not_valid_after_utc:
-        raise TrustError(f"{what} expired on {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC; {advice}")
-    if now < certificate.not_valid_before_utc:
-        raise TrustError(
-            f"{what} is not valid before {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC; is the clock right?"
-        )
+    check_dates(certificate.not_valid_before_utc, certificate.not_valid_after_utc, what, now, advice)
 
 
 def _is_authority(certificate: x509.Certificate) -> bool:

@@ -21,7 +21,9 @@ def _all_packets(engine: str, door: Door, to_server: list[bytes]) -> list[bytes]
     initial = first_flight(engine)[0]
     header = parse_long_header(initial)
     assert header is not None
-    retry = retry_packet(header, b"r" * 8, door.listener._tokens.create(STRANGER, header, b"r" * 8, 0.0))
+    retry = retry_packet(
+        door.listener.engine, header, b"r" * 8, door.listener._tokens.create(STRANGER, header, b"r" * 8, 0.0)
+    )
     (negotiation,) = door.knock(initial[:1] + b"\x1a\x2a\x3a\x4a" + initial[5:])
     return [initial, *first_flight("aioquic"), *to_server, retry, negotiation, b"\xe0" + initial[1:]]
 

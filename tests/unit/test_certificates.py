@@ -1,7 +1,9 @@
 """The CA and what it signs: sane, renewed in time, and taken by both QUIC libraries for names and for addresses."""
 
+import hashlib
 import importlib
 import os
+import ssl
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,9 +36,9 @@ from quictunnel.trust.certificates import (
     init,
     issue,
     load_authorities,
-    pinned_authority,
     show,
 )
+from quictunnel.trust.pins import pinned_authority
 
 NOW = datetime(2030, 1, 2, 3, 4, 5, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -367,6 +369,10 @@ def test_authorities_are_the_present_ones_of_a_bundle(directory: Path, tmp_path:
 # The pin.
 
 
+def sha256_of(pem: bytes) -> bytes:
+    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem.decode())).digest()
+
+
 def test_only_the_pinned_certificate_is_taken_from_a_stranger(directory: Path, tmp_path: Path) -> None:
     ensured = ensure_server_certificate(directory, NAMES, NOW)
     mine, other = ensured.authority.read_bytes(), init(tmp_path / "other", now=NOW).read_bytes()
@@ -378,6 +384,7 @@ def test_only_the_pinned_certificate_is_taken_from_a_stranger(directory: Path, t
         (b"", ensured.pin, NOW, "sent no CA"),
         (b"\xff" * 100, ensured.pin, NOW, "sent no CA"),
         (mine, ensured.pin, NOW + 4000 * DAY, "expired"),
+        (mine.replace(b"MII", b"MIJ", 1), sha256_of(mine.replace(b"MII", b"MIJ", 1)), NOW, "not a CA's"),
         (ensured.certificate.read_bytes(), authority_pin(load(ensured.certificate)), NOW, "not a CA's"),
     ]:
         with pytest.raises(TrustError, match=says):

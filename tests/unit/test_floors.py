@@ -91,9 +91,7 @@ IMPURE = {
 }
 
 ENGINES = {"aioquic", "qh3"}
-ONLY_FILES_WITH_ENGINES = {
-    PACKAGE / "quic" / name for name in ("engine.py", "aioquic_reins.py", "qh3_reins.py", "first_packets.py")
-}
+ONLY_FILES_WITH_ENGINES = {PACKAGE / "quic" / name for name in ("engine.py", "aioquic_reins.py", "qh3_reins.py")}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
