@@ -5,6 +5,7 @@ on as it was.
 """
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from loguru import logger
@@ -89,7 +90,9 @@ class Reloader:
         self._worker = worker
 
     def read(self) -> "ServeSettings":
-        """The settings anew. Raises UsageError. Touches nothing else: a thread may do it."""
+        """The settings anew. Raises UsageError. Touches nothing else: a thread may do it, and loads what comes next."""
+        import quictunnel.trust.certificates  # noqa: F401
+
         return self._again()
 
     def reload(self, read: "Callable[[], ServeSettings] | None" = None) -> None:
@@ -121,7 +124,9 @@ class Reloader:
             self._announce(settings, identity)
 
     def renew(self) -> None:
-        """Read the certificate anew, and make the next one if it is time."""
+        """Read the certificate anew if it is another, and make the next one if it is time."""
+        if not self._identity.is_due(datetime.now(UTC)):
+            return
         try:
             identity = identity_of(self.settings, self.settings.quic[0])
             self._server.reconfigure(server_config(self.settings, identity, self._worker))

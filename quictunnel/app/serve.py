@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from loguru import logger
 
 from quictunnel import __version__
-from quictunnel.app.identity import WILDCARDS, Identity, identity_of, outward_address
+from quictunnel.app.identity import WILDCARDS, Identity, begin_identity, outward_address
 from quictunnel.app.process import calm_collector, choose_engine, hang_up, raise_file_limit, say, stop_signals
 from quictunnel.app.reload import Reloader, logs_requests, server_config
 from quictunnel.app.supervise import Parent
@@ -63,12 +63,13 @@ async def serve(
     several; its parent has announced the server.
     """
     index, parent, sockets = (worker.number, worker.parent, worker.sockets) if worker is not None else (0, None, None)
-    engine = choose_engine(settings.engine)
     raise_file_limit()
     private_directory(settings.state_dir)
     tokens = TokenStore(settings.state_dir)
     tokens.load()
-    identity = identity_of(settings, settings.quic[0])
+    identify = begin_identity(settings, settings.quic[0])
+    engine = choose_engine(settings.engine)  # loaded meanwhile
+    identity = identify()
     access = AccessLog(settings.log_format, enabled=logs_requests(settings))
     server = make_server(settings, engine, tokens, identity, access, index)
 

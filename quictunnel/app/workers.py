@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from loguru import logger
 
 from quictunnel import log
-from quictunnel.app.identity import identity_of
+from quictunnel.app.identity import begin_identity
 from quictunnel.app.process import choose_engine, raise_file_limit
 from quictunnel.app.renewal import OF_THE_LOG
 from quictunnel.app.serve import Bound, Worker, announce, serve
@@ -55,7 +55,7 @@ def serve_workers(settings: "ServeSettings", again: "Callable[[], ServeSettings]
     private_directory(settings.state_dir)
     tokens = TokenStore(settings.state_dir)
     tokens.load()
-    identity = identity_of(settings, settings.quic[0])
+    identity = begin_identity(settings, settings.quic[0])()
     inherited: list[Sockets] = []
     if settings.takeover:
         addresses = Addresses(settings.http, settings.https, settings.quic)
