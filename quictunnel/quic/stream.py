@@ -68,7 +68,7 @@ class StreamLeg(Leg):
         # the direction we send
         self._send_credit: SendCredit | None = None  # made with the first body bytes, as most directions have none
         self._out: list[bytes] = []
-        self._held: deque[Data | End] = deque()  # what waits for credit
+        self._held: deque[Data | End] | None = None  # what waits for credit; an empty deque is 600 bytes
         self._fin = False
         self._dirty = False
         self.written = 0  # bytes handed to the library
@@ -176,6 +176,8 @@ class StreamLeg(Leg):
             step = credit.spend(min(size - position, _DATA_LIMIT))
             if not step:
                 # A view: a receiver that grants byte after byte must not cost a copy of the rest each time.
+                if self._held is None:
+                    self._held = deque()
                 self._held.appendleft(Data(memoryview(data)[position:]))  # type: ignore[arg-type]
                 return
             chunk = data[position : position + step]
@@ -346,7 +348,8 @@ class StreamLeg(Leg):
         self.may_send = False
         self._fin = False
         self._out.clear()
-        self._held.clear()
+        if self._held is not None:
+            self._held.clear()
 
     def _leave(self) -> None:
         self.ended = True
