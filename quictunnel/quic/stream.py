@@ -67,8 +67,8 @@ class StreamLeg(Leg):
 
         # the direction we send
         self._send_credit: SendCredit | None = None  # made with the first body bytes, as most directions have none
-        self._out: list[bytes] = []
-        self._held: deque[Data | End] | None = None  # what waits for credit; an empty deque is 600 bytes
+        self._out: list[bytes | memoryview] = []
+        self._held: deque[bytes | memoryview | End] | None = None  # what waits for credit; an empty deque is 600 bytes
         self._fin = False
         self._dirty = False
         self.written = 0  # bytes handed to the library
@@ -92,7 +92,7 @@ class StreamLeg(Leg):
         kind = type(frame)
         if kind is Data:
             if self._held:
-                self._held.append(frame)  # type: ignore[arg-type]
+                self._held.append(frame.data)  # type: ignore[union-attr]
             else:
                 self._send_data(frame.data)  # type: ignore[union-attr]
         elif kind is End:
@@ -136,7 +136,7 @@ class StreamLeg(Leg):
         self._dirty = False
         if not self._out and not self._fin:
             return
-        data = self._out[0] if len(self._out) == 1 else b"".join(self._out)
+        data = b"".join(self._out)
         self._out.clear()
         fin, self._fin = self._fin, False
         self.written += len(data)
@@ -160,7 +160,7 @@ class StreamLeg(Leg):
         elif head.status == 101:
             self._opaque = True
 
-    def _send_data(self, data: bytes) -> None:
+    def _send_data(self, data: bytes | memoryview) -> None:
         """Send as much as the credit allows, and hold the rest."""
         credit = self._send_credit
         if credit is None:
@@ -178,7 +178,7 @@ class StreamLeg(Leg):
                 # A view: a receiver that grants byte after byte must not cost a copy of the rest each time.
                 if self._held is None:
                     self._held = deque()
-                self._held.appendleft(Data(memoryview(data)[position:]))  # type: ignore[arg-type]
+                self._held.appendleft(memoryview(data)[position:])
                 return
             chunk = data[position : position + step]
             self._out.append(encode_data(chunk))
@@ -214,13 +214,13 @@ class StreamLeg(Leg):
             return
         held = self._held
         while held:
-            frame = held.popleft()
-            if type(frame) is End:
+            waiting = held.popleft()
+            if isinstance(waiting, End):
                 if link is not None:
                     link.moves(self)
-                self._send_end(frame)
+                self._send_end(waiting)
                 return
-            self._send_data(frame.data)  # type: ignore[union-attr]
+            self._send_data(waiting)
             if self._send_credit.sent >= self._send_credit.limit:
                 break
         self._wake()

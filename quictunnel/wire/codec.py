@@ -115,7 +115,7 @@ def encode_trailers(trailers: Fields) -> bytes:
     return _section(trailers)
 
 
-def encode_data(data: bytes) -> bytes:
+def encode_data(data: bytes | memoryview) -> bytes:
     """The type and length of a DATA frame; the payload follows it, uncopied."""
     return b"\x00" + push_varint(len(data))
 

@@ -259,6 +259,7 @@ async def large() -> Status:
     return Status(server, FACTS)
 
 
+@pytest.mark.interpreted  # a stand-in for a Link, or for a method of it
 async def test_a_thousand_sessions_do_not_hold_the_loop_up(tmp_path: Path, large: Status) -> None:
     """The loop turns for others while the answer is made, and never waits for long."""
     began = time.process_time()
@@ -286,6 +287,7 @@ async def test_a_thousand_sessions_do_not_hold_the_loop_up(tmp_path: Path, large
     assert max(gaps) < max(0.01, whole / 2)
 
 
+@pytest.mark.interpreted  # a stand-in for a Link, or for a method of it
 async def test_a_guest_that_does_not_read_its_answer_stops_nobody(
     tmp_path: Path, guests: ExitStack, monkeypatch: pytest.MonkeyPatch, large: Status
 ) -> None:

@@ -339,6 +339,7 @@ def test_unknown_messages_are_answered_once_and_answers_never(before_it: Play) -
     before_it(scenario)
 
 
+@pytest.mark.interpreted  # a stand-in for a Link, or for a method of it
 def test_download_that_is_never_granted_stalls_and_is_ended_by_a_limit(
     before_it: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -329,6 +329,7 @@ def test_client_that_stops_dials_nothing_anew(alone: Play, engine: str) -> None:
     alone(scenario)
 
 
+@pytest.mark.interpreted  # a stand-in for a Link, or for a method of it
 def test_request_that_has_not_come_whole_when_the_grace_is_over_was_not_accepted(alone: Play, engine: str) -> None:
     async def scenario(ends: Ends) -> None:
         server = await HostileServer(ends, engine).start()
@@ -442,6 +443,7 @@ def test_hello_says_what_the_tunnel_is_to_be(alone: Play, engine: str) -> None:
     alone(scenario)
 
 
+@pytest.mark.interpreted  # a stand-in for a Link, or for a method of it
 def test_probe_is_answered_by_the_client_itself(alone: Play, engine: str) -> None:
     async def scenario(ends: Ends) -> None:
         server = await HostileServer(ends, engine).start()
