@@ -432,6 +432,11 @@ class _Version(argparse.Action):
 
 def _version() -> str:
     parts = [f"{name} {version}" for name in ("aioquic", "qh3", "uvloop") if (version := _version_of(name))]
+    import importlib.util
+
+    spec = importlib.util.find_spec("quictunnel.exchange")
+    compiled = spec is not None and spec.origin is not None and not spec.origin.endswith(".py")
+    parts.append("compiled" if compiled else "not compiled")
     return f"quictunnel {__version__} ({', '.join(parts)})"
 
 

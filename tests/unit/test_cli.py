@@ -13,6 +13,7 @@ import pytest
 from loguru import logger
 
 import quictunnel
+import quictunnel.exchange
 from quictunnel.cli import main
 from quictunnel.options import CommandError, Settings
 from quictunnel.trust.files import TrustError
@@ -190,7 +191,9 @@ def test_no_command_shows_the_help(argv: list[str], capsys: pytest.CaptureFixtur
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out.startswith(f"quictunnel {quictunnel.__version__} (aioquic ")
+    said = capsys.readouterr().out
+    assert said.startswith(f"quictunnel {quictunnel.__version__} (aioquic ")
+    assert said.endswith(", not compiled)\n" if quictunnel.exchange.__file__.endswith(".py") else ", compiled)\n")
 
 
 # Tokens and certificates.
