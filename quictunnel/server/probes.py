@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["PROBE_EVERY", "PROBE_TIME", "Prober"]
 
 # Together with a look every second, a link that serves nobody is known within ten seconds.
-PROBE_EVERY: Final = 4.0
+PROBE_EVERY: Final = 4.5
 PROBE_TIME: Final = 4.0
 "seconds"
 

@@ -662,7 +662,7 @@ def test_client_that_drains_at_once_gets_nothing(on_each: Play) -> None:
 LIES: dict[str, tuple[dict[str, Any], str]] = {
     "version of tomorrow": ({"version": 2}, "version"),
     "version of never": ({"version": 2**61}, "version"),
-    "link beyond the limit": ({"link": 64}, "limit"),
+    "link beyond the limit": ({"link": RegistryLimits().max_links}, "limit"),
     "link beyond all": ({"link": 2**62 - 1}, "limit"),
     "short session": ({"session": "s"}, "protocol"),
     "long session": ({"session": "s" * 60_000}, "protocol"),
