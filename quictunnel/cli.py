@@ -18,7 +18,6 @@ from typing import Any, Final, NoReturn
 
 from pydantic.fields import FieldInfo
 
-from quictunnel import __version__
 from quictunnel.app.running import guarded, run, run_connect, run_logged, run_serve
 from quictunnel.options import (
     CommandError,
@@ -426,24 +425,7 @@ class _Version(argparse.Action):
     """What is installed is looked up by whoever asks."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        print(_version())
+        from quictunnel.versions import versions
+
+        print(versions())
         parser.exit()
-
-
-def _version() -> str:
-    parts = [f"{name} {version}" for name in ("aioquic", "qh3", "uvloop") if (version := _version_of(name))]
-    import importlib.util
-
-    spec = importlib.util.find_spec("quictunnel.exchange")
-    compiled = spec is not None and spec.origin is not None and not spec.origin.endswith(".py")
-    parts.append("compiled" if compiled else "not compiled")
-    return f"quictunnel {__version__} ({', '.join(parts)})"
-
-
-def _version_of(distribution: str) -> str:
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""

@@ -23,6 +23,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     if words[:1] and words[0] in _STAYING and not _HELP.intersection(words) and hasattr(os, "fork"):
         return _stay(words[0], words)
+    if words == ["--version"]:
+        from quictunnel.versions import versions
+
+        try:
+            print(versions(), flush=True)
+        except BrokenPipeError:
+            # The interpreter's own flush at exit must not fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        return 0
     from quictunnel.cli import main
 
     return main(words)

@@ -135,8 +135,15 @@ def _tell_few_files(files: int, wanted: int, room: int) -> None:
     )  # fmt: skip
 
 
+# Exchanges leave no cycles (tests/e2e/test_cancellation.py): nothing of them waits for the collector, which looks at so
+# many new objects whenever there are so many more than before, as when requests begin to wait by the thousand. 10,000
+# objects are a pause of some milliseconds and 50,000 of fifteen; the older ones are looked at when 500,000 more of them
+# have come, which no load of requests does by itself. docs/performance.md has the figures.
+_THRESHOLDS: Final = (10_000, 50, 1000)
+
+
 def calm_collector() -> None:
-    """Keep the garbage collector off what start-up made, and from running at every burst of requests."""
+    """Keep the garbage collector off what start-up made, and its pauses short and rare."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
+    gc.set_threshold(*_THRESHOLDS)
