@@ -169,6 +169,7 @@ class ReinedConnection(QuicConnection):
         """Send a datagram of ``size`` bytes which nothing is lost with."""
         self._probes.append(size)
 
+    may_grow = True
     losses = 0
 
     def loses_large(self) -> bool:

@@ -70,6 +70,9 @@ class Connection(Protocol):
 
     # What the reins add
 
+    may_grow: bool
+    "whether datagrams that had to become smaller may become larger again"
+
     probed: dict[int, int]
     "the sizes of the probes that were sent, by what PingAcknowledged says of them"
 

@@ -61,7 +61,7 @@ _UNKNOWN_WAIT: Final = 1.0
 
 _SUSPICIOUS_LOSSES: Final = 8
 "packets lost between two looks after which it is checked whether a large one still arrives, by so many probes:"
-_CHECKS: Final = 3
+_CHECKS: Final = 2
 
 _CONTROL_LIMIT: Final = 256 * 1024
 "bytes of control messages that wait for the peer to read: far more than hours of credit are"
@@ -195,6 +195,7 @@ class Link:
         self._path = PathMtu()
         self._datagram_limit = datagram_limit
         self._prober: asyncio.TimerHandle | None = None  # for the search
+        self._probed_at = 0.0
         self._losses = 0  # when it was last looked
         self._checks = 0  # probes of the present size that are missing
         self._checker: asyncio.TimerHandle | None = None
@@ -657,14 +658,20 @@ class Link:
         self._prober = None
         if self.closed is not None:
             return
-        connection = self._connection
+        connection, now = self._connection, self._loop.time()
+        if self.heard_at < self._probed_at:
+            self._path.due = now + self._probe_wait()  # not narrow but gone: what is missing says nothing
+            self._arm_prober()
+            return
         connection.probed.clear()
-        sizes = self._path.probes(self._loop.time(), self._probe_wait())
+        sizes = self._path.probes(now, self._probe_wait())
         if not sizes:
             connection.use_datagram_size(self._path.size)
         for size in sizes:
             connection.probe_datagram_size(size)
-        self.schedule()
+        if sizes:
+            self._probed_at = now
+            self.ping()  # where large ones do not arrive, this does
         self._arm_prober()
 
     def _probe_wait(self) -> float:
@@ -688,9 +695,12 @@ class Link:
         """See whether what was large enough to be lost is."""
         if self._path.size == BASE or self.closed is not None:
             return
-        if self._connection.loses_large():
+        connection = self._connection
+        loses_large = connection.loses_large()
+        if loses_large and connection.may_grow:
             self._path_fell()
-        elif self._connection.losses - self._losses >= _SUSPICIOUS_LOSSES and self._checker is None:
+        elif (loses_large or connection.losses - self._losses >= _SUSPICIOUS_LOSSES) and self._checker is None:
+            # A fall for good has to be proved: where nothing is heard, the path is not narrow but gone.
             self._check_path()
         self._losses = self._connection.losses
 
@@ -698,13 +708,15 @@ class Link:
         self._checker = None
         if self.closed is not None:
             return
-        if self._checks == _CHECKS:
-            self._path_fell()
-            return
-        self._checks += 1
-        self._connection.probe_datagram_size(self._path.size)
+        if self.heard_at >= self._probed_at:
+            if self._checks == _CHECKS:
+                self._path_fell()
+                return
+            self._checks += 1
+            self._probed_at = self._loop.time()
+            self._connection.probe_datagram_size(self._path.size)
+            self.ping()
         self._checker = self._loop.call_later(self._probe_wait(), self._check_path)
-        self.schedule()
 
     def _stop_checks(self) -> None:
         self._checks = 0
