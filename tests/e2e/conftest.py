@@ -4,7 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from quictunnel.quic.dial import Way
 from tests.support.backends import RawBackend, echo
+from tests.support.namespaces import Namespace, can_make_namespaces, two_namespaces
 from tests.support.processes import Processes
 
 
@@ -20,3 +22,19 @@ def raw() -> Iterator[RawBackend]:
     """A backend whose handler each test sets."""
     with RawBackend(echo) as backend:
         yield backend
+
+
+@pytest.fixture
+def cable(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Namespace, Namespace]]:
+    """Where the server's and where the client's sockets for links are."""
+    if not can_make_namespaces():
+        pytest.skip("network namespaces need root")
+    with two_namespaces() as (here, there):
+        original = Way.open
+
+        def open_there(way: Way) -> None:
+            with there.entered():
+                original(way)
+
+        monkeypatch.setattr(Way, "open", open_there)
+        yield here, there

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from quictunnel.backends.asgi import AsgiBackend
-from quictunnel.quic.dial import Way
 from quictunnel.quic.link import LinkClosed
 from tests.support.both_ends import BothEnds, both_ends
 from tests.support.crowd import until
-from tests.support.namespaces import Namespace, can_make_namespaces, two_namespaces
+from tests.support.namespaces import Namespace
 
 pytestmark = pytest.mark.either
 
@@ -86,22 +85,6 @@ async def test_answer_goes_on_over_one_socket_after_another(engines: tuple[str, 
 
 
 # With addresses that really change
-
-
-@pytest.fixture
-def cable(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Namespace, Namespace]]:
-    """Where the server's and where the client's sockets for links are."""
-    if not can_make_namespaces():
-        pytest.skip("network namespaces need root")
-    with two_namespaces() as (here, there):
-        original = Way.open
-
-        def open_there(way: Way) -> None:
-            with there.entered():
-                original(way)
-
-        monkeypatch.setattr(Way, "open", open_there)
-        yield here, there
 
 
 @asynccontextmanager
