@@ -224,6 +224,14 @@ class ReinedConnection(QuicConnection):
         if limit is not None and not from_session_ticket:
             self.datagram_limit = min(self.datagram_limit, limit)
 
+    def may_take_several(self) -> bool:
+        return True
+
+    def receive_many_datagrams(self, datagrams: list[bytes], addr: Any, now: float) -> None:
+        """What qh3 has by the same name."""
+        for data in datagrams:
+            self.receive_datagram(data, addr, now)
+
     def get_send_buffer_size(self, stream_id: int | None = None) -> int:
         """What qh3 has by the same name."""
         if stream_id is None:

@@ -109,7 +109,7 @@ class Way:
             sock.close()
             raise DialError(f"cannot send there: {error.strerror or error}") from None
         opened = DatagramSocket(
-            sock, lambda data, address: self._received(data, opened), lambda error: self._failed(error, opened)
+            sock, lambda datagrams, _: self._received(datagrams, opened), lambda error: self._failed(error, opened)
         )
         if self._before is not None:
             self._before.close()
@@ -123,12 +123,12 @@ class Way:
         logger.debug("= {!r} goes on over another socket to {}", self.link, self.endpoint)
         self.link.path_changed()
 
-    def _received(self, data: bytes, by: DatagramSocket) -> None:
+    def _received(self, datagrams: list[bytes], by: DatagramSocket) -> None:
         self.heard = True
         if self._before is not None and by is self._socket:
             self._before.close()
             self._before = None
-        self.link.datagram_received(data, self.endpoint.address)
+        self.link.datagrams_received(datagrams, self.endpoint.address)
 
     def _failed(self, error: OSError, by: DatagramSocket) -> None:
         logger.debug("= QUIC socket to {}: {!r}", self.endpoint, error)
@@ -146,9 +146,9 @@ class Way:
         """Bytes of the largest datagram that can leave by the present socket."""
         return route_limit(self._socket.sock) if self._whole and self._socket is not None else BASE
 
-    def send(self, data: bytes, address: Any) -> None:
+    def send_all(self, datagrams: list[tuple[bytes, Any]]) -> None:
         if self._socket is not None:
-            self._socket.send(data, address)
+            self._socket.send_all(datagrams)
 
     def terminated(self, link: Link) -> None:
         self._close()
@@ -219,7 +219,7 @@ async def dial(
     except DialError as error:
         raise DialError(f"{endpoint}: {error}") from None
     link = way.link = Link(
-        engine, connection, way.send, waiter, budget, is_client=True, datagram_limit=way.datagram_limit
+        engine, connection, way.send_all, waiter, budget, is_client=True, datagram_limit=way.datagram_limit
     )
     link.on_terminated = way.terminated
     way.on_trouble = lambda: waiter.fail(DialError("there is no route to it"))

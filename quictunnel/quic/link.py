@@ -132,7 +132,7 @@ class Link:
         self,
         engine: Engine,
         connection: Connection,
-        send: Callable[[bytes, Any], None],
+        send: Callable[[list[tuple[bytes, Any]]], None],
         owner: LinkOwner,
         budget: WindowBudget,
         *,
@@ -431,11 +431,12 @@ class Link:
         self._arm(connection.get_timer(), now)
 
     def _transmit(self, now: float) -> None:
-        send, beginnings = self._send, self._beginnings
-        for data, address in self._connection.datagrams_to_send(now=now):
-            send(data, address)
-            beginnings.append(data[:QUOTED])
-            self.sent += 1
+        datagrams = self._connection.datagrams_to_send(now=now)
+        if datagrams:
+            self._send(datagrams)
+            self.sent += len(datagrams)
+            if not self.is_client:
+                self._beginnings.extend([data[:QUOTED] for data, _ in datagrams])
 
     def _flush_control(self) -> None:
         data = b"".join(self._control_out)
@@ -507,12 +508,36 @@ class Link:
             if self.engine.sends_before_events and self.ready:
                 self._transmit(now)
             self._events()
-            if self._starved and self.opened < self.engine.streams_allowed(self._connection):
-                self._starved = False
-                self.owner.link_slots_allowed(self)
+            self._look_for_slots()
         except Exception as error:
             self._broken(error)
         self.schedule()
+
+    def datagrams_received(self, datagrams: list[bytes], address: Any) -> None:
+        """Take datagrams of this connection that came in one go from one address."""
+        connection = self._connection
+        if len(datagrams) == 1 or not self.ready or not connection.may_take_several():
+            for data in datagrams:
+                self.datagram_received(data, address)
+            return
+        if self.terminated:
+            return
+        self.heard_at = now = self._loop.time()
+        self.refused = False
+        if address != self.address:
+            self._moved(address)
+        try:
+            connection.receive_many_datagrams(datagrams, address, now=now)
+            self._events()
+            self._look_for_slots()
+        except Exception as error:
+            self._broken(error)
+        self.schedule()
+
+    def _look_for_slots(self) -> None:
+        if self._starved and self.opened < self.engine.streams_allowed(self._connection):
+            self._starved = False
+            self.owner.link_slots_allowed(self)
 
     def _moved(self, address: Any) -> None:
         before, self.address = self.address, address

@@ -37,6 +37,9 @@ _HALF_OPEN_LIMIT: Final = 1024
 
 _ALONE: Final = Steering()
 
+_LONG_HEADER: Final = b"\x80"
+"the first byte of packets with one, or less than it (RFC 9000 section 17.2)"
+
 _SMALLEST_INITIAL: Final = 1200
 "bytes (RFC 9000 section 14.1)"
 
@@ -96,7 +99,7 @@ class LinkListener:
             sock = await self._bind(host, port, reuse_port)
         enlarge_buffers(sock)
         self._whole = forbid_fragments(sock)
-        self._socket = DatagramSocket(sock, self.datagram_received, self._failed, self._refused)
+        self._socket = DatagramSocket(sock, self.datagrams_received, self._failed, self._refused)
         self._sweep()
         bound = sock.getsockname()
         return bound[0], bound[1]
@@ -180,6 +183,21 @@ class LinkListener:
                     link.unreachable(number)
                     break
 
+    def datagrams_received(self, datagrams: list[bytes], address: Any) -> None:
+        """Take what came in one go from one address: what is for one link is handed to it together."""
+        links = self._links
+        of_links: dict[Link, list[bytes]] = {}
+        for data in datagrams:
+            link = None if data[:1] >= _LONG_HEADER else links.get(data[1 : 1 + CONNECTION_ID_LENGTH])
+            if link is None:
+                self.datagram_received(data, address)
+            elif link in of_links:
+                of_links[link].append(data)
+            else:
+                of_links[link] = [data]
+        for link, its_own in of_links.items():
+            link.datagrams_received(its_own, address)
+
     def datagram_received(self, data: bytes, address: Any) -> None:
         """Take a datagram from anyone."""
         if not data:
@@ -240,7 +258,7 @@ class LinkListener:
         link = Link(
             self.engine,
             self._accept(original_cid, retry_cid),
-            self._socket.send,
+            self._socket.send_all,
             self.owner,
             self.budget,
             is_client=False,

@@ -18,6 +18,9 @@ CONGESTION_CONTROL: Final = None
 _SHARE: Final = 0.7
 "of the congestion window that may be under way: as much as a loss leaves of it (CUBIC, RFC 9438 section 4.6)"
 
+_LARGEST_DATAGRAM: Final = 1500
+"bytes of a datagram as qh3 makes them: with less room in the congestion window it keeps back what it has made ready"
+
 _PIECE: Final = 4096
 "bytes of one stream before it is another's turn"
 
@@ -127,6 +130,15 @@ class ReinedConnection(QuicConnection):
             if _NO_ROOM in str(error):
                 return datagrams
             raise _broken(error) from error
+
+    def may_take_several(self) -> bool:
+        """Whether nothing is kept back by the congestion window.
+
+        What breaks qh3 is a repetition that was made ready, waited for the window, and became needless meanwhile. It
+        makes nothing ready while it receives, so with room left nothing waits.
+        """
+        core = self._core
+        return core is not None and core.congestion_window - core.bytes_in_flight >= _LARGEST_DATAGRAM
 
     def get_send_buffer_size(self, stream_id: int | None = None) -> int:
         size: int = super().get_send_buffer_size(stream_id)

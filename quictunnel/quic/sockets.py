@@ -28,7 +28,7 @@ _LARGEST: Final = 65535
 "bytes of a datagram that are read; room that is not used costs nothing"
 
 _AT_ONCE: Final = 32
-"datagrams that are read before others get their turn on the event loop"
+"datagrams after which others get their turn on the event loop; what the kernel hands over in one piece is not torn"
 
 _TRIES: Final = 4
 "calls for one datagram, when errors that are not its own come in between"
@@ -39,6 +39,31 @@ are encrypted. Hosts quote hundreds (RFC 1812 section 4.3.2.3); those that quote
 
 _REFUSALS_AT_ONCE: Final = 64
 "refusals that are read before others get their turn; the kernel keeps the rest, within the receive buffer"
+
+# <linux/udp.h>: Python has no names for these. With UDP_SEGMENT the kernel makes datagrams of one size from what it is
+# given in one call (GSO), with UDP_GRO it hands such a train over in one call and tells their size.
+_UDP_SEGMENT: Final = 103
+_UDP_GRO: Final = 104
+_SEGMENT_SIZE: Final = struct.Struct("=H")
+_GRO_SIZE: Final = struct.Struct("=i")
+
+_MOST_SEGMENTS: Final = 64
+"that every kernel makes of one call: UDP_MAX_SEGMENTS was 64 before Linux 6.9"
+
+_MOST_BYTES: Final = 65507
+"of one call: what a datagram over IPv4 may have"
+
+_TOLD_SIZE: Final = 64
+"bytes of ancillary data: more than the size of a train takes"
+
+_SIZES_OF_TRAIN: Final = 2
+"of datagrams in a burst: that of all, and a smaller one of the last"
+
+_NO_SEGMENTS: Final = {errno.EIO, errno.ENOPROTOOPT, errno.EOPNOTSUPP}
+"what a kernel or a network device says that cannot do it, now or later"
+
+_NOT_THESE: Final = {errno.EAGAIN, errno.ENOBUFS, errno.EINVAL, errno.EMSGSIZE}
+"what is said of this burst alone: there is no room for it, or its datagrams are larger than the path takes"
 
 # <linux/errqueue.h> and <linux/in.h>: Python has no names for these.
 _IP_RECVERR: Final = 11
@@ -120,22 +145,55 @@ def _is_refusal(told: list[tuple[int, int, bytes]]) -> bool:
     return False
 
 
+def _can_segment(sock: socket.socket) -> bool:
+    """Whether the kernel cuts datagrams from what it is given; one before Linux 4.18 would send all of it as one."""
+    if sys.platform != "linux":
+        return False
+    try:
+        sock.getsockopt(socket.IPPROTO_UDP, _UDP_SEGMENT)
+    except OSError:
+        return False
+    return True
+
+
+def _size_in_train(told: list[tuple[int, int, bytes]]) -> int:
+    """How large the datagrams of a train are, the last one left out; 0 if it is none."""
+    for level, kind, data in told:
+        if level == socket.IPPROTO_UDP and kind == _UDP_GRO and len(data) >= _GRO_SIZE.size:
+            size: int = _GRO_SIZE.unpack_from(data)[0]
+            return size
+    return 0
+
+
+def _gets_trains(sock: socket.socket) -> bool:
+    """Whether datagrams may come in trains: whoever had the socket before may have asked for it."""
+    if sys.platform != "linux":
+        return False
+    try:
+        return sock.getsockopt(socket.IPPROTO_UDP, _UDP_GRO) == 1
+    except OSError:
+        return False
+
+
 class DatagramSocket:
     """A UDP socket on the event loop: datagrams come by a call and go at once.
 
     No transport of asyncio's or uvloop's: those cannot be paused, keep without a bound what the kernel has no room for,
     and hide what Linux tells of single datagrams.
+
+    Where the kernel can, datagrams of one size leave in one call, and a burst comes in few.
     """
 
     def __init__(
         self,
         sock: socket.socket,
-        received: Callable[[bytes, Any], None],
+        received: Callable[[list[bytes], Any], None],
         failed: Callable[[OSError], None] | None = None,
         refused: Callable[[list[Refusal]], None] | None = None,
     ) -> None:
         """Take over ``sock``, bound or connected, and read from it.
 
+        ``received`` is handed what came in one go from one address, in its order; an empty datagram is one too.
         ``failed`` is told of errors in the loop's next turn, of one at most. ``refused`` is told which datagrams
         came to a closed port, where the kernel can say so (Linux): an unconnected socket learns it in no other way.
         """
@@ -152,10 +210,14 @@ class DatagramSocket:
             peer = None
         self._receive: Callable[[int], tuple[bytes, Any]] = sock.recvfrom
         self._put: Callable[[bytes, Any], object] = sock.sendto
+        self._put_together: Callable[[list[bytes], int, Any], object] = self._segmented
         if peer is not None:
             # Address tuples need not be made and read again for each datagram.
             self._receive = lambda size: (sock.recv(size), peer)
             self._put = lambda data, address: sock.send(data)
+            self._put_together = lambda parts, size, address: self._segmented(parts, size)
+        self._segments = _can_segment(sock)
+        self._trains = False  # the kernel may hand over several datagrams in one piece
         self._error: OSError | None = None  # not told yet
         self._shaken = False  # there was an error since the last wake-up
         self.closed = False
@@ -183,6 +245,7 @@ class DatagramSocket:
         """Read again."""
         if not self.reading and not self.closed:
             self.reading = True
+            self._trains = _gets_trains(self._sock)
             self._loop.add_reader(self._fd, self._readable)
 
     def close(self) -> None:
@@ -204,6 +267,48 @@ class DatagramSocket:
             self._put(data, address)
         except OSError as error:
             self._not_sent(error, data, address)
+
+    def send_all(self, datagrams: list[tuple[bytes, Any]]) -> None:
+        """Send each datagram to its address, as ``send`` does, in as few calls as the kernel allows."""
+        count = len(datagrams)
+        start = 0
+        while start < count:
+            data, address = datagrams[start]
+            end = start + 1
+            if end < count and self._segments and data:
+                size = len(data)
+                most = min(count, start + min(_MOST_SEGMENTS, _MOST_BYTES // size))
+                while end < most:
+                    following, place = datagrams[end]
+                    if len(following) > size or not following or place != address:
+                        break
+                    end += 1
+                    if len(following) < size:
+                        break  # a shorter one is the last that fits
+            if end - start > 1:
+                self._send_together([each for each, _ in datagrams[start:end]], address)
+            else:
+                self.send(data, address)
+            start = end
+
+    def _segmented(self, parts: list[bytes], size: int, *address: Any) -> None:
+        told = ((socket.IPPROTO_UDP, _UDP_SEGMENT, _SEGMENT_SIZE.pack(size)),)
+        self._sock.sendmsg(parts, told, 0, *address)
+
+    def _send_together(self, parts: list[bytes], address: Any) -> None:
+        try:
+            self._put_together(parts, len(parts[0]), address)
+        except OSError as error:
+            if self.closed:
+                return
+            if error.errno in _NO_SEGMENTS:
+                self._segments = False
+                logger.debug("= {!r} sends datagrams one by one: {!r}", self, error)
+            elif error.errno not in _NOT_THESE:
+                self._note(error)
+            # All of them or none is sent by such a call. One by one each gets its chance, and its own error.
+            for data in parts:
+                self.send(data, address)
 
     def _not_sent(self, error: OSError, data: bytes, address: Any) -> None:
         if self.closed:
@@ -227,25 +332,53 @@ class DatagramSocket:
     # Receiving
 
     def _readable(self) -> None:
-        receive, received = self._receive, self._received
-        came = False
+        bursts: list[tuple[list[bytes], Any]] = []
+        burst: list[bytes] = []
+        source: Any = None
+        room = _AT_ONCE
+        receive = self._receive
+        trains = self._trains
+        told: list[tuple[int, int, bytes]] = []
         try:
-            for _ in range(_AT_ONCE):
+            while room > 0:
                 try:
-                    data, address = receive(_LARGEST)
+                    if trains:
+                        data, told, _, address = self._sock.recvmsg(_LARGEST, _TOLD_SIZE)
+                    else:
+                        data, address = receive(_LARGEST)
                 except BlockingIOError:
                     break
                 except OSError as error:
                     self._note(error)
+                    room -= 1
                     continue
-                came = True
-                received(data, address)
-                if not self.reading:
+                if address != source or not bursts:
+                    burst, source = [], address
+                    bursts.append((burst, address))
+                size = _size_in_train(told) if told else 0
+                if 0 < size < len(data):
+                    burst += [data[start : start + size] for start in range(0, len(data), size)]
+                    room -= -(-len(data) // size)
+                else:
+                    burst.append(data)
+                    room -= 1
+            if room <= 0 and not trains:
+                self._ask_for_trains(burst)
+            for burst, address in bursts:
+                if self.closed:
                     break
+                self._received(burst, address)
         finally:
-            if self._shaken or not came:
+            if self._shaken or not bursts:
                 self._read_refusals()  # after what has come: whoever sent that and is gone is refused
                 self._rearm()
+
+    def _ask_for_trains(self, burst: list[bytes]) -> None:
+        """Have bursts handed over in one piece, once there are any: a lone datagram costs more to read then."""
+        if sys.platform == "linux" and len(burst) > _AT_ONCE // 2 and len(set(map(len, burst))) <= _SIZES_OF_TRAIN:
+            with suppress(OSError):  # older than Linux 5.0
+                self._sock.setsockopt(socket.IPPROTO_UDP, _UDP_GRO, 1)
+            self._trains = _gets_trains(self._sock)
 
     def _read_refusals(self) -> None:
         if self._refused is None or self.closed:

@@ -18,7 +18,7 @@ from quictunnel.quic.sockets import enlarge_buffers
 
 __all__ = ["Predecessor", "Successor", "channel"]
 
-_LARGEST: Final = 4096
+_LARGEST: Final = 65535 + 256
 "bytes of a datagram, and of an address before it"
 
 _AT_ONCE: Final = 32

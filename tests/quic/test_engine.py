@@ -188,9 +188,9 @@ def test_server_follows_a_client_to_other_addresses(server: str) -> None:
             await asyncio.sleep(1)
             address = ("10.0.1.1", 60_000 + count)
             network.clients = {address: client}
-            client._send = lambda data, _, source=address: network._carry(  # type: ignore[misc]
-                data, True, network.listener.datagram_received, source
-            )
+            client._send = lambda datagrams, source=address: [  # type: ignore[misc]
+                network._carry(data, True, network.listener.datagram_received, source) for data, _ in datagrams
+            ]
             heard = client.heard_at
             client.ping()
             await asyncio.sleep(1)

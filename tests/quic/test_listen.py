@@ -305,8 +305,8 @@ def test_client_whose_port_stays_closed_is_given_up(engine: str) -> None:
         await asyncio.sleep(2)
         since = door.loop.time()
         door.lose = lambda data, to_server: True  # it is gone, and its host says so of each datagram
-        server._send = lambda data, address: door.loop.call_later(
-            0.01, door.listener._refused, [Refusal(data[:QUOTED], address)]
+        server._send = lambda datagrams: door.loop.call_later(
+            0.01, door.listener._refused, [Refusal(data[:QUOTED], address) for data, address in datagrams]
         )
         await door.until(lambda: server.refused)
         assert door.loop.time() - since <= 4
@@ -340,7 +340,7 @@ def test_client_that_is_heard_again_is_not_given_up(engine: str) -> None:
         (place,) = door.clients
         send = server._send
         sent: list[bytes] = []
-        server._send = lambda data, address: (sent.append(data), send(data, address))
+        server._send = lambda datagrams: (sent.extend(data for data, _ in datagrams), send(datagrams))
         for _ in range(10):  # stale or forged by someone on the path: the client is there and answers
             server.ping()
             await asyncio.sleep(0.5)

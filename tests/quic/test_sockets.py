@@ -1,11 +1,14 @@
 """The UDP socket under every link: real sockets on the loopback, on both event loops."""
 
 import asyncio
+import errno
 import importlib.util
 import itertools
+import random
 import socket
 import struct
 import sys
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -61,9 +64,10 @@ class Taken:
         self.socket = DatagramSocket(sock, self._received, self.errors.append, self.refusals.append if asks else None)
         self.on_datagram: Callable[[], None] = lambda: None
 
-    def _received(self, data: bytes, address: Address) -> None:
-        self.datagrams.append((data, address))
-        self.on_datagram()
+    def _received(self, datagrams: list[bytes], address: Address) -> None:
+        for data in datagrams:
+            self.datagrams.append((data, address))
+            self.on_datagram()
 
     @property
     def refused(self) -> list[Refusal]:
@@ -161,16 +165,19 @@ def test_paused_socket_leaves_what_comes_to_another_process(play: Callable[..., 
 
 
 @pytest.mark.parametrize("end", ["pause", "close"])
-def test_no_datagram_is_handed_over_once_reading_has_ended(end: str, play: Callable[..., None]) -> None:
+def test_no_datagram_is_read_once_reading_has_ended(end: str, play: Callable[..., None]) -> None:
+    """What the kernel has handed over already is nobody else's: only a closed socket keeps it."""
+
     async def work() -> None:
         taken = Taken(bound())
+        place = taken.socket.sock.getsockname()
         taken.on_datagram = getattr(taken.socket, end)
-        with bound() as sender:
-            for _ in range(5):
-                sender.sendto(b"x", taken.socket.sock.getsockname())
+        with bound() as one, bound() as other:
+            for number in range(50):
+                (one if number < 20 else other).sendto(b"%d" % number, place)
         await until(lambda: taken.datagrams)
         await asyncio.sleep(0.02)
-        assert taken.data == [b"x"]
+        assert taken.data == [b"%d" % number for number in range(20 if end == "close" else 32)]
         taken.socket.close()
 
     play(work())
@@ -200,6 +207,219 @@ def test_refusal_is_told_and_reading_goes_on(host: str, play: Callable[..., None
             await until(lambda: client.datagrams)
         assert client.data == [b"back"]
         client.socket.close()
+
+    play(work())
+
+
+# Trains of datagrams
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux sends and receives several in one call")
+
+
+class Watched(FullSocket):
+    """A socket whose calls are counted; ``refuses`` says with which error what is sent together is refused."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock, room=1 << 30)
+        self.calls: Counter[str] = Counter()
+        self.refuses = 0
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.sock, name)
+        if name not in ("recv", "recvfrom", "recvmsg", "send", "sendmsg"):
+            return found
+
+        def counted(*arguments: Any) -> Any:
+            self.calls[name] += 1
+            if name == "sendmsg" and self.refuses:
+                raise OSError(self.refuses, "no")
+            return found(*arguments)
+
+        return counted
+
+    def sendto(self, data: bytes, address: Address) -> int:
+        self.calls["sendto"] += 1
+        return super().sendto(data, address)
+
+
+async def trains(sender: DatagramSocket, taken: Taken) -> None:
+    """Have both sockets of a pair know bursts of one size."""
+    place = taken.socket.sock.getsockname()
+    before = len(taken.datagrams)
+    sender.send_all([(b"%03d" % number, place) for number in range(64)])
+    await until(lambda: len(taken.datagrams) == before + 64)
+    assert taken.data[before:] == [b"%03d" % number for number in range(64)]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("connected", [False, True])
+def test_datagrams_of_any_sizes_arrive_as_they_were_sent(host: str, connected: bool, play: Callable[..., None]) -> None:
+    chance = random.Random(7)
+    sizes = [0, 1, 2, 100, 1199, 1200, 1200, 1200, 1200, 1452, 8900]
+    bursts = [
+        [1200] * 64,
+        [1200] * 65,
+        [1200] * 10 + [7],
+        [1200] * 3 + [7] * 3 + [1200],
+        [8900] * 9,
+        [65_507 if ":" not in host else 65_527] * 2,
+        [0, 0, 1200, 0, 1200, 1200, 0],
+        [1],
+        [],
+        *([chance.choice(sizes) for _ in range(chance.randrange(12))] for _ in range(30)),
+    ]
+
+    async def work() -> None:
+        two = [Taken(bound(host)) for _ in range(2)]
+        sock = bound(host)
+        if connected:
+            sock.connect(two[0].socket.sock.getsockname())
+        sender = Taken(sock)
+        for _ in range(2):  # before and after the receivers have met bursts
+            for sizes in bursts:
+                datagrams = [(chance.randbytes(size), two[not connected and chance.random() < 0.2]) for size in sizes]
+                for each in two:
+                    each.datagrams.clear()
+                sender.socket.send_all([(data, to.socket.sock.getsockname()) for data, to in datagrams])
+                await until(lambda: sum(len(each.datagrams) for each in two) == len(datagrams))  # noqa: B023
+                for each in two:
+                    assert each.data == [data for data, to in datagrams if to is each]
+                    assert all(source == sock.getsockname() for _, source in each.datagrams)
+            for each in two[: 2 - connected]:
+                await trains(sender.socket, each)
+        assert sender.socket.dropped == 0
+        for each in (*two, sender):
+            assert not each.errors
+            each.socket.close()
+
+    play(work())
+
+
+@linux_only
+def test_burst_takes_few_calls(play: Callable[..., None]) -> None:
+    async def work() -> None:
+        there, here = Watched(bound()), Watched(bound())
+        taken, sender = Taken(there), Taken(here)  # type: ignore[arg-type]
+        place = there.getsockname()
+        await trains(sender.socket, taken)
+        here.calls.clear()
+        there.calls.clear()
+        sender.socket.send_all([(b"x" * 1200, place)] * 54 + [(b"x", place)])
+        await until(lambda: len(taken.datagrams) == 64 + 55)
+        assert here.calls == {"sendmsg": 1, "sendto": 1}, "54 of them are what one call may carry"
+        assert there.calls["recvmsg"] <= 2 * 2, "each wake-up ends with a call in vain"
+        for each in (taken, sender):
+            each.socket.close()
+
+    play(work())
+
+
+@pytest.mark.parametrize(
+    ("number", "calls"),
+    [
+        (errno.EIO, 1),
+        (errno.ENOPROTOOPT, 1),
+        (errno.EOPNOTSUPP, 1),
+        (errno.EINVAL, 3),
+        (errno.EMSGSIZE, 3),
+        (errno.EAGAIN, 3),
+        (errno.ENOBUFS, 3),
+        (errno.ECONNREFUSED, 3),
+    ],
+)
+@linux_only
+def test_burst_that_is_refused_as_one_goes_one_by_one(number: int, calls: int, play: Callable[..., None]) -> None:
+    """For ever, where the kernel or the network device cannot do it at all."""
+
+    async def work() -> None:
+        here = Watched(bound())
+        sender = Taken(here)  # type: ignore[arg-type]
+        here.refuses = number
+        with bound() as peer:
+            for _ in range(3):
+                sender.socket.send_all([(b"%d" % each, peer.getsockname()) for each in range(10)])
+                assert [peer.recv(100) for _ in range(10)] == [b"%d" % each for each in range(10)]
+        assert here.calls["sendmsg"] == calls
+        assert sender.socket.dropped == 0
+        await asyncio.sleep(0.01)
+        assert [each.errno for each in sender.errors] == [number] * (number == errno.ECONNREFUSED)
+        sender.socket.close()
+
+    play(work())
+
+
+@pytest.mark.parametrize("platform", ["darwin", "linux"])
+def test_where_the_kernel_knows_no_trains_each_datagram_is_sent_and_read_by_itself(
+    platform: str, play: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Old(Watched):
+        def setsockopt(self, *option: Any) -> None:
+            raise OSError(errno.ENOPROTOOPT, "Protocol not available")
+
+        def getsockopt(self, *option: Any) -> int:
+            raise OSError(errno.ENOPROTOOPT, "Protocol not available")
+
+    monkeypatch.setattr("sys.platform", platform)
+
+    async def work() -> None:
+        make = Old if platform == "linux" else Watched
+        there, here = make(bound()), make(bound())
+        taken, sender = Taken(there), Taken(here)  # type: ignore[arg-type]
+        for _ in range(3):
+            await trains(sender.socket, taken)
+        assert here.calls["sendto"] == 3 * 64
+        assert not here.calls["sendmsg"]
+        assert not there.calls["recvmsg"]
+        for each in (taken, sender):
+            each.socket.close()
+
+    play(work())
+
+
+@linux_only
+def test_socket_that_comes_back_from_another_process_is_read_in_trains_if_that_one_did(
+    play: Callable[..., None],
+) -> None:
+    async def work() -> None:
+        old, sender = Taken(bound()), Taken(bound())
+        place = old.socket.sock.getsockname()
+        old.socket.pause()
+        successor = Taken(old.socket.sock.dup())
+        await trains(sender.socket, successor)
+        successor.socket.close()
+        old.socket.resume()
+        await trains(sender.socket, old)
+        third = Taken(old.socket.sock.dup())
+        old.socket.close()
+        sender.socket.send_all([(b"%03d" % number, place) for number in range(20)])
+        await until(lambda: len(third.datagrams) == 20)
+        assert third.data == [b"%03d" % number for number in range(20)]
+        for each in (third, sender):
+            each.socket.close()
+
+    play(work())
+
+
+@linux_only
+def test_lone_datagrams_and_those_of_many_sizes_do_not_bring_trains_about(play: Callable[..., None]) -> None:
+    """A lone datagram costs more to read then."""
+
+    async def work() -> None:
+        there = Watched(bound())
+        taken, sender = Taken(there), Taken(bound())  # type: ignore[arg-type]
+        place = there.getsockname()
+        for number in range(100):
+            sender.socket.send(b"%d" % number, place)
+            await until(lambda: len(taken.datagrams) == number + 1)  # noqa: B023
+        sender.socket.send_all([(b"x" * (1 + number % 7), place) for number in range(64)])
+        await until(lambda: len(taken.datagrams) == 164)
+        assert not there.calls["recvmsg"]
+        await trains(sender.socket, taken)
+        sender.socket.send(b"last", place)
+        await until(lambda: taken.data[-1] == b"last")
+        assert there.calls["recvmsg"] > 0
+        for each in (taken, sender):
+            each.socket.close()
 
     play(work())
 
@@ -326,6 +546,49 @@ def test_refusals_that_the_kernel_does_not_tell_are_done_without(play: Callable[
 )
 def test_only_a_closed_port_is_a_refusal(told: list[tuple[int, int, bytes]], is_refusal: bool) -> None:
     assert sockets._is_refusal(told) is is_refusal
+
+
+@linux
+@pytest.mark.parametrize("host", HOSTS)
+def test_burst_to_a_closed_port_is_refused_from_its_first_datagram_on(host: str, play: Callable[..., None]) -> None:
+    """The kernel may quote the beginning of each of them, or of the first alone."""
+
+    async def work() -> None:
+        taken = Taken(bound(host), asks=True)
+        gone = dead(host)
+        for number in range(3):
+            burst = [bytes([number, each]) * 600 for each in range(40)]
+            taken.socket.send_all([(data, gone) for data in burst])
+            await until(lambda: taken.refusals)
+            quoted = [refusal.quoted for refusal in taken.refused]
+            assert quoted[0] == burst[0][:QUOTED]
+            assert set(quoted) <= {data[:QUOTED] for data in burst}
+            assert {refusal.address[:2] for refusal in taken.refused} == {gone[:2]}
+            taken.refusals.clear()
+        taken.socket.close()
+
+    play(work())
+
+
+@linux
+def test_bursts_to_a_dead_peer_cost_others_no_datagram(play: Callable[..., None]) -> None:
+    async def work() -> None:
+        taken = Taken(bound(), asks=True)
+        alive = [bound() for _ in range(10)]
+        gone = dead()
+        places = [sock.getsockname() for sock in alive]
+        for number in range(20):
+            for place in places:
+                taken.socket.send_all([(b"anyone?", gone)] * 3)
+                taken.socket.send_all([(b"%02d" % number, place)] * 3)
+            await asyncio.sleep(0)
+        for sock in alive:
+            assert [sock.recv(100) for _ in range(60)] == [b"%02d" % (number // 3) for number in range(60)]
+            sock.close()
+        assert taken.socket.dropped == 0
+        taken.socket.close()
+
+    play(work())
 
 
 # What cannot be sent

@@ -49,6 +49,7 @@ class Endpoint:
         except OSError:
             self.peer = None
         owner._put = self._sent
+        owner._put_together = self._sent_together
 
     @property
     def is_open(self) -> bool:
@@ -58,9 +59,13 @@ class Endpoint:
         if self.is_open:
             self._network.carry(bytes(data), self, self.peer or address[:2])
 
+    def _sent_together(self, parts: list[bytes], size: int, address: Any) -> None:
+        for data in parts:
+            self._sent(data, address)
+
     def deliver(self, data: bytes, source: Address) -> None:
         """A datagram has come."""
-        self._owner._received(data, source)
+        self._owner._received([data], source)
 
     def fail(self, error: OSError) -> None:
         """The kernel has something to say of what was sent."""
@@ -324,7 +329,7 @@ class Ends:
         known = {cid: each for cid, each in listener._links.items() if each is link}
         for cid in known:
             del listener._links[cid]
-        link._send = lambda data, address: None
+        link._send = lambda datagrams: None
 
         def join() -> None:
             listener._links.update(known)

@@ -105,8 +105,9 @@ class HostileClient:
     def requests(self) -> list[int]:
         return [stream for stream in self.streams if stream & 3 == 1]
 
-    def _received(self, data: bytes, address: Any) -> None:
-        self.connection.receive_datagram(data, address, now=self._loop.time())
+    def _received(self, datagrams: list[bytes], address: Any) -> None:
+        for data in datagrams:
+            self.connection.receive_datagram(data, address, now=self._loop.time())
         self._events()
         self.pump()
 
@@ -225,7 +226,11 @@ class Workers:
             for each in self.servers
         ]
 
-    def _received(self, data: bytes, addr: Any) -> None:
+    def _received(self, datagrams: list[bytes], addr: Any) -> None:
+        for data in datagrams:
+            self._steer(data, addr)
+
+    def _steer(self, data: bytes, addr: Any) -> None:
         cid = data[6 : 6 + data[5]] if data[0] & 0x80 else data[1:9]
         known = [number for number, each in enumerate(self.servers) if cid in each.listener._links]
         by_chance = cid[0] if self._steers else addr[1]
@@ -251,6 +256,10 @@ class _OfWorker:
         self._workers.sent(data, self._number)
         if self._number not in self._workers.lost:
             self._socket.send(data, address)
+
+    def send_all(self, datagrams: list[tuple[bytes, Any]]) -> None:
+        for data, address in datagrams:
+            self.send(data, address)
 
     def close(self) -> None:
         pass

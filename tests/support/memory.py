@@ -112,6 +112,10 @@ class _Socket:
     def __init__(self, send: Callable[[bytes, Any], None]) -> None:
         self.send = send
 
+    def send_all(self, datagrams: list[tuple[bytes, Any]]) -> None:
+        for data, address in datagrams:
+            self.send(data, address)
+
     def close(self) -> None:
         pass
 
@@ -148,7 +152,7 @@ class Network:
         link = Link(
             self.client_engine,
             self.client_engine.dial(trust or ClientTrust("localhost", self.authority), 1200),
-            lambda data, _: self._carry(data, True, self.listener.datagram_received, address),
+            _Socket(lambda data, _: self._carry(data, True, self.listener.datagram_received, address)).send_all,
             self.client_owner,
             self.client_budget,
             is_client=True,
