@@ -171,8 +171,9 @@ def test_qh3_server_still_needs_a_retry() -> None:
         return took
 
     assert select_engine("qh3").needs_retry
-    assert run(handshake_time(needs_retry=False)) > 0.5, "its first flight does not stall any more"
-    assert run(handshake_time(needs_retry=True)) < 0.1
+    with_retry = run(handshake_time(needs_retry=True))
+    assert with_retry < 0.1
+    assert run(handshake_time(needs_retry=False)) > 1.5 * with_retry, "its first flight does not stall any more"
 
 
 @pytest.mark.parametrize("server", ["aioquic", "qh3"])
