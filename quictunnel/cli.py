@@ -31,6 +31,7 @@ from quictunnel.options import (
     plain,
 )
 from quictunnel.settings import (
+    BenchSettings,
     CertsInitSettings,
     CertsIssueSettings,
     CertsShowSettings,
@@ -232,7 +233,7 @@ def _token_release(settings: TokenReleaseSettings) -> int:
     return 0
 
 
-# The load test.
+# The load test and the bench.
 
 
 def _load(settings: LoadSettings) -> int:
@@ -242,6 +243,12 @@ def _load(settings: LoadSettings) -> int:
     with _bad_values_are_usage():
         options = make_options(**settings.model_dump(exclude={"config", "json_"}), json=settings.json_)
     return run(run_load(options, sys.stdout, sys.stderr))
+
+
+def _bench(settings: BenchSettings) -> int:
+    from quictunnel.app.bench import bench
+
+    return run(bench(settings))
 
 
 # The table of commands.
@@ -292,6 +299,7 @@ _COMMANDS: Final[Mapping[str, _Command | _Group]] = {
     ),
     "status": _Command(StatusSettings, _status, "show a running server's tunnels and who serves them"),
     "load": _Command(LoadSettings, _load, "an open-loop load test"),
+    "bench": _Command(BenchSettings, _bench, "measure a tunnel, on this machine or to a server, and what limits it"),
 }
 
 

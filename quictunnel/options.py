@@ -39,7 +39,7 @@ __all__ = [
     "reason",
 ]
 
-TABLES: Final = ("serve", "connect", "load")
+TABLES: Final = ("serve", "connect", "load", "bench")
 "of the file: the commands that read one"
 
 S = TypeVar("S", bound="Settings")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 import platformdirs
 from annotated_types import MinLen
-from pydantic import BeforeValidator, Field, SecretStr, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 
 from quictunnel.options import Option, Settings
 from quictunnel.values import (
@@ -34,6 +34,7 @@ from quictunnel.values import (
 )
 
 __all__ = [
+    "BenchSettings",
     "CertsInitSettings",
     "CertsIssueSettings",
     "CertsShowSettings",
@@ -120,6 +121,19 @@ def _check_join_string(value: object) -> object:
 
     JoinString.parse(value.get_secret_value() if isinstance(value, SecretStr) else parse_text(value))
     return value
+
+
+def _check_socket_backend(value: object) -> str:
+    text = _check_backend(value)
+    if _kind_of(text) not in ("http", "https"):
+        raise ValueError("a port, HOST:PORT or URL is needed: what is measured is asked directly too")
+    return text
+
+
+def _enough(seconds: float) -> float:
+    if seconds < 1:
+        raise ValueError("less than 1s measures nothing")
+    return seconds
 
 
 def _check_stages(value: object) -> str:
@@ -414,6 +428,64 @@ class LoadSettings(Settings):
     )
     json_: Switch = _default(False, "print the result as JSON")
     config: Annotated[File, Option(shared=True)] = _default(None, "read options from this TOML file's [load] table")
+
+
+class BenchSettings(Settings):
+    """Options of ``quictunnel bench``."""
+
+    table: ClassVar[str] = "bench"
+    prefix: ClassVar[str] = "QUICTUNNEL_BENCH_"
+
+    duration: Annotated[Duration, AfterValidator(_enough)] = _default("20s", "that measuring takes in all; at least 1s")
+    engine: Annotated[Literal["auto", "both", "aioquic", "qh3"], Word, Option("auto|both|aioquic|qh3")] = _default(
+        "auto", "the QUIC library; both: one after the other, each in half of the time; auto takes qh3 when installed"
+    )
+    join: Annotated[Secret, _optional(_check_join_string)] = _default(
+        None, "measure the way to this server, and back to its public URL, instead of a server made for the purpose"
+    )
+    server: Servers = _default((), "the same, by address; trusted and shown a token as by connect")
+    tunnel: TunnelName = _default(
+        None, "the public name there; nobody else may serve it (default: what the server gives)"
+    )
+    token: Secret = _default(None, "a token instead of the join string's; better given as QUICTUNNEL_BENCH_TOKEN")
+    ca: Authority = _default(None, "the CA (PEM) that the server's certificate must come from, or the system's trust")
+    server_name: Annotated[OptionalText, Option("NAME")] = _default(
+        None, "the name the server's certificate must have (default: the host that is dialled)"
+    )
+    state_dir: Directory = _state_dir("where a server on the same machine keeps its certificates and tokens")
+    via: Annotated[Address | None, _optional(lambda value: parse_address(value, 80)), Option("HOST:PORT")] = _default(
+        None, "where visitors' requests are sent instead of where the public URL points to"
+    )
+    max_bytes: Annotated[int | None, _optional(lambda value: parse_size(value, 2**16, 2**40)), Option("SIZE")] = (
+        _default(
+            None, "bytes that bulk transfers may move each way (default: 1GiB to a server, no limit on one machine)"
+        )
+    )
+    backend: Annotated[str | None, _optional(_check_socket_backend), Option("BACKEND")] = _default(
+        None, "a backend of your own, by port, HOST:PORT or URL, instead of one made for the purpose; no bulk transfers"
+    )
+    path: Annotated[str, BeforeValidator(parse_target), Option("PATH")] = _default("/", "what --backend is asked for")
+    json_: Switch = _default(False, "print the result as JSON")
+    config: Annotated[File, Option(shared=True)] = _default(None, "read options from this TOML file's [bench] table")
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether there is a server to go to."""
+        return self.join is not None or bool(self.server)
+
+    @property
+    def most_bytes(self) -> int | None:
+        """``max_bytes``, or what it is by default; None for no limit."""
+        return 2**30 if self.max_bytes is None and self.is_remote else self.max_bytes
+
+    @model_validator(mode="after")
+    def _server_is_named(self) -> "BenchSettings":
+        for name in ("tunnel", "token", "ca", "server_name", "via"):
+            if getattr(self, name) is not None and not self.is_remote:
+                raise ValueError(f"--{name.replace('_', '-')} goes with --join or --server")
+        if self.path != "/" and self.backend is None:
+            raise ValueError("--path goes with --backend")
+        return self
 
 
 class _CertsSettings(Settings):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from quictunnel import log
+from quictunnel.app.loop import loop_factory
 from quictunnel.failures import CommandError, UsageError, reason
 from quictunnel.trust.files import TrustError
 
@@ -109,12 +110,3 @@ def run(work: Coroutine[Any, Any, int]) -> int:
     """Run a coroutine in an event loop of its own."""
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         return runner.run(work)
-
-
-def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
-    """What makes an event loop; loads the faster one where it is installed."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop
-    return uvloop.new_event_loop

@@ -202,6 +202,11 @@ class Agent(LinkOwner):
         """Every link that was welcomed and is not closed."""
         return list(self._keepers)
 
+    @property
+    def authority(self) -> bytes | None:
+        """The CA's certificate (PEM) that the server's came from; None: the system's CAs, or no link was made yet."""
+        return self._authority
+
     # The agent's life
 
     async def run(self) -> None:

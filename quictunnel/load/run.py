@@ -19,7 +19,7 @@ from quictunnel.load.connections import Connections, Shot
 from quictunnel.load.figures import Tally
 from quictunnel.load.plan import LoadOptions, Target, make_request
 
-__all__ = ["run_load"]
+__all__ = ["Pacer", "resolve", "run_load"]
 
 TICK: Final = 0.001
 "seconds: event loops count their timers in milliseconds, so a shorter wait would only spin"
@@ -45,7 +45,7 @@ async def run_load(options: LoadOptions, out: TextIO, err: TextIO) -> int:
     When cancelled it writes what it has so far to ``err`` as a table, and raises CancelledError.
     """
     try:
-        addresses = await _resolve(options.target)
+        addresses = await resolve(options.target)
         context = _tls_context(options)
     except OSError as error:
         err.write(f"quictunnel load: {error}\n")
@@ -82,7 +82,7 @@ async def run_load(options: LoadOptions, out: TextIO, err: TextIO) -> int:
 # One stage
 
 
-class _Pacer:
+class Pacer:
     """Sends the requests of one stage when they are due."""
 
     def __init__(self, tally: Tally, send: Callable[[Shot], None], timeout: float) -> None:
@@ -138,7 +138,7 @@ async def _run_stages(options: LoadOptions, connections: Connections, tallies: l
 
 async def _run_stage(tally: Tally, connections: Connections, options: LoadOptions) -> None:
     """Send on schedule, then wait for the stragglers."""
-    pacer = _Pacer(tally, connections.send, options.timeout)
+    pacer = Pacer(tally, connections.send, options.timeout)
     cpu = time.process_time()
     pacer.start()
     try:
@@ -173,7 +173,7 @@ async def _watch(tally: Tally, connections: Connections, err: TextIO) -> None:
 # Before the first stage
 
 
-async def _resolve(target: Target) -> list[tuple[str, int]]:
+async def resolve(target: Target) -> list[tuple[str, int]]:
     """The target's addresses in numbers; raises OSError."""
     host = target.host
     if host == "localhost" or host.endswith(".localhost"):

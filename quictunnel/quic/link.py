@@ -220,6 +220,11 @@ class Link:
         """How many exchanges are under way."""
         return len(self._legs)
 
+    @property
+    def stalls(self) -> int:
+        """How many exchanges wait for the peer's credit."""
+        return len(self._stalled)
+
     def legs(self) -> list[StreamLeg]:
         """Those that are under way."""
         return list(self._legs.values())

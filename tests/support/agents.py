@@ -10,7 +10,7 @@ import resource
 import sys
 
 import quictunnel
-from quictunnel.cli import _loop_factory
+from quictunnel.app.loop import loop_factory
 
 
 async def main(server: str, ca: str, backend: str, engine: str, at_once: str, *numbers: str) -> None:
@@ -44,5 +44,5 @@ async def main(server: str, ca: str, backend: str, engine: str, at_once: str, *n
 
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:  # the command's own event loop
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:  # the command's own event loop
         runner.run(main(*sys.argv[1:]))

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 
 from quictunnel import cli
+from quictunnel.bench import report as bench_report
 from quictunnel.load.figures import Tally
 from quictunnel.load.plan import make_options
 from quictunnel.load.report import as_json
 from quictunnel.options import TABLES, environment_name, load_settings
 from quictunnel.trust.join import JoinString
+from tests.unit.test_bench import measured
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/cli.md", "docs/operations.md", "certs/README.md")
@@ -161,6 +163,11 @@ def test_the_members_of_loads_json_are_all_told_of() -> None:
     tally.succeed(0.01)
     options = make_options("http://localhost/", max_errors="0", max_p99="60")
     assert set(members(as_json(options, [tally]))) - told == set()
+
+
+def test_the_members_of_the_benchs_json_are_all_told_of() -> None:
+    told = set(re.findall(r"`(\w+)`", text_of("docs/cli.md").partition("## bench")[2]))
+    assert set(members(bench_report.as_json([measured()]))) - told == set()
 
 
 def test_the_members_of_the_list_of_tokens_are_all_told_of(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ FLOORS: dict[str, set[str]] = {
     # beside the tunnel
     "demo": set(),
     "load": {"log"},
+    "bench": {"load", "wire"},
     # the roof
     "options": {"failures", "plain"},
     "settings": {"wire", "trust", "backends", "load", "values", "options"},
@@ -45,6 +46,8 @@ FLOORS: dict[str, set[str]] = {
         "server",
         "client",
         "demo",
+        "load",
+        "bench",
         "values",
         "options",
         "settings",
