@@ -68,6 +68,15 @@ class Backoff:
         return delay
 
 
+class _Attempt(NamedTuple):
+    """One that is under way."""
+
+    place: Place
+    since: float
+    ways: list[Way]
+    "its own, as soon as it has one"
+
+
 class Race:
     """Attempts to reach one of some places, beside each other while none is answered.
 
@@ -81,7 +90,7 @@ class Race:
         """
         self._backoff = backoff
         self._on_failure = on_failure
-        self._running: dict[asyncio.Task[Way], list[Way]] = {}  # each with its way, as soon as it has one
+        self._running: dict[asyncio.Task[Way], _Attempt] = {}
         self._loop = asyncio.get_running_loop()
 
     async def run(
@@ -121,15 +130,19 @@ class Race:
     ) -> Way | None:
         """Begin one attempt, and return when it is time for the next one, or with a way."""
         if len(self._running) == BESIDE:
-            await self._drop(next(iter(self._running)))
+            oldest, given = next(iter(self._running.items()))
+            await self._drop(oldest)
+            # It has failed as much as one whose time is over: unsaid, nobody would learn why nothing comes of it.
+            waited = self._loop.time() - given.since
+            self._on_failure(DialError(f"{given.place}: no answer within {waited:.1f} s (is UDP let through?)"), None)
         ways: list[Way] = []
         latest = self._loop.create_task(dial(place, number, ways.append))
-        self._running[latest] = ways
+        self._running[latest] = _Attempt(place, self._loop.time(), ways)
         until = self._loop.time() + max(pause, random.uniform(0.75, 1.0) * QUICK_RETRY)
         while not given_up.done():
             left = until - self._loop.time()
             if left <= 0:
-                if not any(_is_answered(way) for ways in self._running.values() for way in ways):
+                if not any(_is_answered(way) for each in self._running.values() for way in each.ways):
                     break
                 left = QUICK_RETRY / 4  # then it is looked at again, unless something ends before
             events: set[asyncio.Future[Any]] = {*self._running, given_up}

@@ -1,7 +1,10 @@
 """The client's small parts: delays between attempts, the fan-out, and whom the options say to trust."""
 
+import asyncio
 import hashlib
+import re
 import ssl
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,13 @@ from pydantic import SecretStr
 
 from quictunnel.app import connect as module
 from quictunnel.app.connect import agent_config
+from quictunnel.client import reach
 from quictunnel.client.agent import AgentConfig
 from quictunnel.client.fan_out import FanOut, host_rule
-from quictunnel.client.reach import FIRST_RETRY, LONGEST_RETRY, QUICK_FOR, QUICK_RETRY, Backoff, Place
+from quictunnel.client.reach import FIRST_RETRY, LONGEST_RETRY, QUICK_FOR, QUICK_RETRY, Backoff, Place, Race
 from quictunnel.exchange import Leg
 from quictunnel.options import CommandError
+from quictunnel.quic.dial import DialError, Way
 from quictunnel.quic.stream import StreamLeg
 from quictunnel.settings import ConnectSettings
 from quictunnel.trust.certificates import ensure_server_certificate
@@ -90,6 +95,28 @@ class FakeBackend:
 
     async def aclose(self, grace: float = 0.0) -> None:
         pass
+
+
+@pytest.mark.usefixtures("no_task_left")
+async def test_server_that_never_answers_is_complained_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attempts make room for others before their own time is over; each of those has failed too, and says so."""
+    monkeypatch.setattr(reach, "QUICK_RETRY", 0.001)
+    given_up = asyncio.get_running_loop().create_future()
+    complaints: list[str] = []
+
+    def complain(error: DialError, pause: float | None) -> None:
+        complaints.append(str(error))
+        if len(complaints) == 3:
+            given_up.set_result(None)
+
+    async def silence(place: Place, number: int, on_way: Callable[[Way], None]) -> Way:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async with asyncio.timeout(10):
+        assert await Race(Backoff(), complain).run(lambda: [Place("a", 4433, "a")], silence, given_up) is None
+    assert len(complaints) == 3
+    assert all(re.fullmatch(r"a:4433: no answer within \d\.\d s \(is UDP let through\?\)", text) for text in complaints)
 
 
 @pytest.mark.parametrize(
