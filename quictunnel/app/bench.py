@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple
 
 from quictunnel.app.process import say
 from quictunnel.backends.target import parse_backend
-from quictunnel.bench.measure import Loop, Marks, Place, ask, closed_loop, download, on_schedule, upload
+from quictunnel.bench.measure import ANSWER_TIME, Loop, Marks, Place, ask, closed_loop, download, on_schedule, upload
 from quictunnel.bench.meter import Meter, Reading, Work, cores, work
 from quictunnel.bench.report import Run, as_json, as_text
 from quictunnel.bench.verdict import Bulk, Rates
@@ -248,21 +248,17 @@ class _Parts:
         """Start all that is needed, and see that a request passes. Raises CommandError."""
         settings = self._settings
         self._progress("starting")
+        backend = settings.backend
+        if backend is not None:
+            await self._find_backend(backend)
         # All at once: most of the time is each one's own.
-        wanted = {"client": True, "server": not self._is_remote, "backend": settings.backend is None}
+        wanted = {"client": True, "server": not self._is_remote, "backend": backend is None}
         for role in (role for role, is_wanted in wanted.items() if is_wanted):
             await self._children.start(role)
-        if settings.backend is None:
+        if backend is None:
             self._backend = self._children.tell("backend", {"mark": self._mark})
-            port = (await self._ready(self._backend))["port"]
-            backend = f"127.0.0.1:{port}"
-        else:
-            backend = settings.backend
-        try:
-            self._direct = await _place(f"{_url_of(backend)}{self._path}", None, None)
-        except OSError as error:
-            raise CommandError(f"the backend {error}") from None
-        await self._check_backend()
+            backend = f"127.0.0.1:{(await self._ready(self._backend))['port']}"
+            await self._find_backend(backend)
         told = {"backend": backend, "engine": self._engine} | _connect_options(settings)
         via: tuple[str, int] | None = settings.via
         if not self._is_remote:
@@ -320,15 +316,19 @@ class _Parts:
             why = (await self._client.ask("why")).get("why") or "it does not say why"
             raise CommandError(f"the server did not take the bench's client within {START_TIME:g} s: {why}") from None
 
-    async def _check_backend(self) -> None:
+    async def _find_backend(self, backend: str) -> None:
+        url = f"{_url_of(backend)}{self._path}"
         try:
+            self._direct = await _place(url, None, None)
             await self._asked(self._direct)
         except TimeoutError:
-            raise CommandError(f"the backend gave no answer within 10 s: {self._direct.target.label}") from None
+            raise CommandError(f"the backend gave no answer within {ANSWER_TIME:g} s: {url}") from None
+        except ssl.SSLCertVerificationError as error:
+            raise CommandError(f"the backend {url}: its certificate is not trusted: {error.verify_message}") from None
         except OSError as error:
-            raise CommandError(f"the backend {self._direct.target.label}: {reason(error)}") from None
+            raise CommandError(f"the backend {url}: {reason(error)}") from None
 
-    async def _asked(self, place: Place, limit: float = 10.0) -> tuple[int, bytes]:
+    async def _asked(self, place: Place, limit: float = ANSWER_TIME) -> tuple[int, bytes]:
         return await ask(place, self._path, limit)
 
     # Whose tunnel it is
@@ -356,11 +356,13 @@ class _Parts:
         )
 
     def _unreachable(self, label: str, why: str) -> str:
-        advice = "give --via HOST:PORT, where the server takes visitors in"
-        if self._settings.via is None and re.search(r"://([^/]*\.)?localhost[:/]", f"{self._url}/"):
-            advice = f"That name means this machine; start the server with --domain NAME, or {advice}"
+        advice = "ive --via HOST:PORT, where the server takes visitors in"
+        if self._settings.via is not None:
+            advice = "Is --via right?"
+        elif re.search(r"://([^/]*\.)?localhost[:/]", f"{self._url}/"):
+            advice = f"That name means this machine: start the server with --domain NAME, or g{advice}"
         else:
-            advice = advice.capitalize() if self._settings.via is None else "Is --via right?"
+            advice = f"G{advice}"
         return f"{label} cannot be reached from here: {why}. {advice}"
 
     async def _open(self) -> None:
@@ -370,7 +372,7 @@ class _Parts:
         try:
             status, body = await self._asked(self._public)
         except TimeoutError:
-            raise CommandError(f"{label}: no answer within 10 s") from None
+            raise CommandError(f"{label}: no answer within {ANSWER_TIME:g} s") from None
         except OSError as error:
             raise CommandError(self._unreachable(label, reason(error))) from None
         if self._settings.backend is None and (status != 200 or not body.startswith(self._mark.encode())):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from quictunnel.app.process import calm_collector, raise_file_limit, say, stop_signals
 from quictunnel.bench.backend import Backend
+from quictunnel.quic.sockets import settle
 
 if TYPE_CHECKING:
     from quictunnel.app.bench_child import Converse, Facts
@@ -18,13 +19,17 @@ async def backend(told: "Facts", converse: "Converse") -> int:
     raise_file_limit()
     served = Backend(told["mark"])
     port = await served.start()
-    with stop_signals() as stopped:
-        conversation = asyncio.get_running_loop().create_task(  # ended here
-            converse(lambda line: {"requests": served.requests, "received": served.received})
-        )
-        calm_collector()
-        say(json.dumps({"port": port}))
-        await stopped.wait()
-    served.close()
-    conversation.cancel()
+    conversation = asyncio.get_running_loop().create_task(  # ended here
+        converse(lambda line: {"requests": served.requests, "received": served.received})
+    )
+    try:
+        with stop_signals() as stopped:
+            calm_collector()
+            say(json.dumps({"port": port}))
+            await stopped.wait()
+    finally:
+        # uvloop waits for ever in its own close for a server that is still open then.
+        served.close()
+        conversation.cancel()
+        await settle()
     return 0

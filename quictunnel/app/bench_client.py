@@ -77,22 +77,23 @@ async def client(told: "Facts", converse: "Converse") -> int:
                     link.ping()
         return watch.facts()
 
+    running = loop.create_task(agent.run())
+    tasks = [loop.create_task(converse(answer)), loop.create_task(watch.run())]
     try:
         with stop_signals() as stopped:
-            running = loop.create_task(agent.run())
-            waiting = loop.create_task(stopped.wait())
-            tasks = [loop.create_task(converse(answer)), loop.create_task(watch.run())]
+            tasks.append(loop.create_task(stopped.wait()))
             calm_collector()
-            await asyncio.wait((running, waiting), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((running, tasks[-1]), return_when=asyncio.FIRST_COMPLETED)
             if not running.done():
                 await agent.stop(GRACE)
-            for task in (waiting, *tasks):
-                task.cancel()
             await running
     except FinalRefusal as refusal:
         text = f"the server refuses: {refusal}" if refusal.code != "untrusted" else str(refusal)
         raise CommandError(text) from None
     finally:
+        for task in (running, *tasks):
+            task.cancel()
+        await asyncio.gather(running, *tasks, return_exceptions=True)
         logger.remove(number)
         await backend.aclose(GRACE)
     return 0

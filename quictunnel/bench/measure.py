@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Final, NamedTuple
 
+import httptools
+
 from quictunnel.load.connections import Connections, Shot
 from quictunnel.load.figures import Histogram, Tally
 from quictunnel.load.plan import BLOCK, Request, Target
@@ -44,6 +46,9 @@ _PATIENCE: Final = 20
 "failures in a row after which a connection of a closed loop asks no more"
 
 _ANSWER_LIMIT: Final = 4096
+"bytes of a body that are looked at"
+
+_PIECE: Final = 65536
 
 
 class Place(NamedTuple):
@@ -148,6 +153,8 @@ async def closed_loop(place: Place, path: str, connections: int, seconds: float,
         for _ in range(connections):
             again(warm)
         await asyncio.sleep(WARM * seconds)
+        # Not before each connection has had an answer: handshakes take longer than requests.
+        await _until(lambda: warm.succeeded + warm.failed >= connections, ANSWER_TIME)
         await marks.begin()
         warm.hand_over(counted)
         began = time.monotonic()
@@ -220,10 +227,10 @@ async def _transfer(
     for _ in range(streams):
         tally.sent += 1
         pool.send(Shot(began + seconds, tally))  # its limit counts from the end of the transfer
-    await _until_over(tally, WARM * seconds)
+    await _until(lambda: not tally.in_flight, WARM * seconds)
     await marks.begin()
     warm_at, warm = time.monotonic(), await count()
-    await _until_over(tally, (1 - WARM) * seconds)
+    await _until(lambda: not tally.in_flight, (1 - WARM) * seconds)
     ended, last = time.monotonic(), await count()
     await marks.end()
     if not tally.in_flight and warm - first > (last - first) / 2:
@@ -232,15 +239,16 @@ async def _transfer(
     return Transfer((last - warm) / max(ended - warm_at, 1e-9), last - first, Counter(tally.failures))
 
 
-async def _until_over(tally: Tally, seconds: float) -> None:
+async def _until(question: Callable[[], bool], seconds: float) -> None:
+    """Wait until the answer is true, and no longer than so many seconds."""
     deadline = time.monotonic() + seconds
-    # A moment too long is nothing here, and an event for each answer is something.
-    while tally.in_flight and (left := deadline - time.monotonic()) > 0:  # noqa: ASYNC110
+    # A moment too long is nothing here, and an event for each answer would be something.
+    while not question() and (left := deadline - time.monotonic()) > 0:  # noqa: ASYNC110
         await asyncio.sleep(min(left, _WATCH / 5))
 
 
 async def ask(place: Place, path: str, limit: float = ANSWER_TIME) -> tuple[int, bytes]:
-    """One request over a connection of its own: the status, and the beginning of the body; head fields are not kept.
+    """One request over a connection of its own: the status, and the beginning of the body.
 
     Raises OSError with what a user can be told, TimeoutError among them.
     """
@@ -254,19 +262,51 @@ async def ask(place: Place, path: str, limit: float = ANSWER_TIME) -> tuple[int,
             except OSError as error:
                 failure = error
                 continue
+            answer = _Answer()
             try:
-                writer.write(place.request(path).head.replace(b"Accept: */*", b"Accept: */*\r\nConnection: close"))
-                data = b""
-                while len(data) < _ANSWER_LIMIT and (more := await reader.read(_ANSWER_LIMIT)):
-                    data += more
+                writer.write(place.request(path).head)
+                while not answer.complete and (data := await reader.read(_PIECE)):
+                    answer.feed(data)
+                answer.ended()
             finally:
                 writer.transport.abort()
-            head, _, body = data.partition(b"\r\n\r\n")
-            words = head.split(None, 2)
-            if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
-                raise OSError("what answers there does not speak HTTP")
-            return int(words[1]), body
+            return answer.status, bytes(answer.body)
         raise failure
+
+
+class _Answer:
+    """Reads one answer; of its body no more is kept than is looked at."""
+
+    def __init__(self) -> None:
+        self._parser = httptools.HttpResponseParser(self)
+        self.status = 0
+        self.body = bytearray()
+        self.complete = False
+
+    def feed(self, data: bytes) -> None:
+        """Raises OSError."""
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            if not self.complete:
+                raise OSError("what answers there does not speak HTTP") from None
+
+    def ended(self) -> None:
+        """It is over. Raises OSError when there was no answer; one without a length may end so."""
+        if not self.status:
+            raise OSError("the connection was closed before an answer")
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        self.status = status if status >= 200 else 0
+
+    def on_body(self, body: bytes) -> None:
+        self.body += body[: _ANSWER_LIMIT - len(self.body)]
+        if len(self.body) == _ANSWER_LIMIT:
+            self.complete = True
+
+    def on_message_complete(self) -> None:
+        self.complete = self.status > 0
 
 
 @asynccontextmanager

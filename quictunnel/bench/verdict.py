@@ -112,7 +112,7 @@ def judge_rates(rates: Rates) -> Verdict:
     found = _processor(rates.work)
     if found is not None:
         return found
-    if rates.direct_rate is not None and rates.direct_rate < AS_GOOD * rates.rate:
+    if rates.direct_rate is not None and rates.direct_rate <= AS_GOOD * rates.rate:
         text = f"the backend: asked directly, it answers {rates.direct_rate:,.0f} requests/s"
         return Verdict("backend", text)
     found = _failures(rates.failures, rates.answered)
