@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from loguru import logger
 
@@ -78,7 +78,7 @@ async def client(told: "Facts", converse: "Converse") -> int:
         return watch.facts()
 
     running = loop.create_task(agent.run())
-    tasks = [loop.create_task(converse(answer)), loop.create_task(watch.run())]
+    tasks: list[asyncio.Task[Any]] = [loop.create_task(converse(answer)), loop.create_task(watch.run())]
     try:
         with stop_signals() as stopped:
             tasks.append(loop.create_task(stopped.wait()))

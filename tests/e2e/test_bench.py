@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.backends import Connection, RawBackend, answer
-from tests.support.processes import Process, Processes, poll
+from tests.support.processes import Process, Processes, Server, poll
 from tests.support.relay import UdpRelay
 from tests.support.visits import visit
 
@@ -94,6 +94,13 @@ def looks_right(run: dict[str, Any], *names: str) -> None:
         assert set(each["cpu"]) == {*names, "machine"}
 
 
+def totals(server: Server) -> dict[str, int]:
+    """What the server says of itself."""
+    told = server.processes.run("status", "--json", "--state-dir", str(server.state))
+    found: dict[str, int] = json.loads(told.stdout)["totals"]
+    return found
+
+
 def test_a_tunnel_on_one_machine_is_measured_and_nothing_is_left(benches: Benches) -> None:
     run = benches.measured("--duration", "1s")
     looks_right(run, "server", "client", "backend", "bench")
@@ -124,8 +131,7 @@ def test_the_way_to_a_server_is_measured(engine: str, processes: Processes, benc
     looks_right(run, "client", "backend", "bench")
     assert run["server"] == f"127.0.0.1:{server.quic_port}"
     assert len(run["bulk"]) == 4
-    told = json.loads(processes.run("status", "--json", "--state-dir", str(server.state)).stdout)
-    assert (told["totals"]["sessions"], told["totals"]["visitors"]) == (0, 0)
+    poll(lambda: totals(server)["sessions"] == totals(server)["visitors"] == 0, 10.0, "it has left the server")
 
 
 @pytest.mark.slow
@@ -231,8 +237,7 @@ def test_an_interrupted_bench_leaves_nothing(
     if number != signal.SIGKILL:
         assert status in ((130,) if number == signal.SIGINT else (143, -signal.SIGTERM))
         assert list(benches.directory.iterdir()) == []
-    told = json.loads(processes.run("status", "--json", "--state-dir", str(server.state)).stdout)
-    assert told["totals"]["sessions"] == 0
+    poll(lambda: totals(server)["sessions"] == 0, 10.0, "it has left the server")
 
 
 # A backend of one's own
