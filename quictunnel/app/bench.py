@@ -30,7 +30,6 @@ from quictunnel.load.run import resolve
 from quictunnel.log import escape
 from quictunnel.options import CommandError, reason
 from quictunnel.quic.engine import select_engine
-from quictunnel.quic.sockets import DATAGRAM_SIZE
 from quictunnel.settings import BenchSettings
 from quictunnel.trust.join import JoinString
 
@@ -67,9 +66,6 @@ _BULK: Final = 0.1
 "each direction, each number of streams"
 
 _PINGS: Final = 5
-_PAYLOAD: Final = DATAGRAM_SIZE - 60
-"bytes of a body that a full datagram has at least: the rest is UDP's, QUIC's and our own layout"
-
 _LINE_LIMIT: Final = 2**20
 
 _TERMINATED: Final = 128 + signal.SIGTERM
@@ -236,6 +232,7 @@ class _Parts:
         self._is_remote = settings.is_remote
         self._before: Reading
         self._done: Work
+        self._trip: float | None = None
         self._facts_before: dict[str, Any] = {}
         self._facts: dict[str, Any] = {}
 
@@ -400,7 +397,7 @@ class _Parts:
             shut.cancel()
             await asyncio.gather(shut, return_exceptions=True)
         await self._open()
-        trip = await self._round_trip()
+        self._trip = await self._round_trip()
         self._progress("requests one by one")
         lone = await closed_loop(self._public, path, 1, self._share(_LONE))
         rates = [await self._rates(count, lone, direct_many) for count in CONNECTIONS]
@@ -426,7 +423,7 @@ class _Parts:
             rates=rates,
             schedule=(rate, schedule),
             bulk=bulk,
-            round_trip=trip,
+            round_trip=self._trip,
             memory=memory,
         )
 
@@ -498,7 +495,8 @@ class _Parts:
             round_trip=self._facts["round_trip"],
             on_credit=told.on_credit,
             on_path=told.on_path,
-            repeated=told.repeated,
+            growth=found.growth,
+            idle_trip=self._trip,
             direct_rate=direct_rate if direction == "down" else None,
         )
 
@@ -513,19 +511,13 @@ class _Told(NamedTuple):
 
     on_credit: float | None = None
     on_path: float | None = None
-    repeated: float | None = None
 
 
 def _told(before: dict[str, Any], after: dict[str, Any]) -> _Told:
     looks = after["looks"] - before["looks"]
     if looks <= 0:
         return _Told()
-    on_credit, on_path = ((after[name] - before[name]) / looks for name in ("on_credit", "on_path"))
-    written = after["written"] - before["written"] - (after["unsent"] - before["unsent"])
-    datagrams = after["datagrams"] - before["datagrams"]
-    if written <= 0 or datagrams <= 0:
-        return _Told(on_credit, on_path)  # exchanges have ended meanwhile, and are not counted any more
-    return _Told(on_credit, on_path, max(0.0, 1 - written / _PAYLOAD / datagrams))
+    return _Told(*((after[name] - before[name]) / looks for name in ("on_credit", "on_path")))
 
 
 def _connect_options(settings: BenchSettings) -> dict[str, Any]:

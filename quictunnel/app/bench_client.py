@@ -139,19 +139,12 @@ class _Watch:
                 self.on_credit += 1
 
     def facts(self) -> "Facts":
-        """Counts until now, and the round trip, in seconds, of the link that has most to do.
-
-        ``written`` are the bytes that exchanges which are under way have handed to QUIC, ``unsent`` those that it has
-        not sent yet.
-        """
+        """Counts until now, and the round trip, in seconds, of the link that has most to do."""
         links = self._agent.links
         busiest = max(links, key=lambda link: link.exchanges, default=None)
         return {
             "links": len(links),
             "round_trip": None if busiest is None else busiest.round_trip,
-            "datagrams": sum(link.sent for link in links),
-            "written": sum(leg.written for link in links for leg in link.legs()),
-            "unsent": sum(link.unsent for link in links),
             "looks": self.looks,
             "on_credit": self.on_credit,
             "on_path": self.on_path,

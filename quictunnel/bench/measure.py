@@ -104,6 +104,8 @@ class Transfer(NamedTuple):
 
     bytes: int
     failures: Counter[str]
+    growth: float | None = None
+    "what the second half of the time that counts moved, as a multiple of the first; None: it was over before"
 
 
 class _Again(Tally):
@@ -230,13 +232,20 @@ async def _transfer(
     await _until(lambda: not tally.in_flight, WARM * seconds)
     await marks.begin()
     warm_at, warm = time.monotonic(), await count()
-    await _until(lambda: not tally.in_flight, (1 - WARM) * seconds)
+    half = (1 - WARM) * seconds / 2
+    await _until(lambda: not tally.in_flight, half)
+    middle_at, middle = time.monotonic(), await count()
+    await _until(lambda: not tally.in_flight, half)
     ended, last = time.monotonic(), await count()
     await marks.end()
+    failures = Counter(tally.failures)  # what is cut next has not failed
     if not tally.in_flight and warm - first > (last - first) / 2:
         # It was over before it was warm: then all of it counts.
-        return Transfer((last - first) / max(ended - began, 1e-9), last - first, Counter(tally.failures))
-    return Transfer((last - warm) / max(ended - warm_at, 1e-9), last - first, Counter(tally.failures))
+        return Transfer((last - first) / max(ended - began, 1e-9), last - first, failures)
+    growth = None
+    if tally.in_flight and middle > warm:
+        growth = (last - middle) / (ended - middle_at) / ((middle - warm) / (middle_at - warm_at))
+    return Transfer((last - warm) / max(ended - warm_at, 1e-9), last - first, failures, growth)
 
 
 async def _until(question: Callable[[], bool], seconds: float) -> None:

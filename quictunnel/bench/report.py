@@ -146,7 +146,7 @@ def _run_json(run: Run) -> dict[str, Any]:
                 "round_trip_ms": _rounded(bulk.round_trip),
                 "on_credit": _share(bulk.on_credit),
                 "on_path": _share(bulk.on_path),
-                "repeated": _share(bulk.repeated),
+                "growth": _share(bulk.growth),
                 "lost_locally": _share(bulk.work.lost),
                 "failures": dict(bulk.failures),
                 "cpu": _cpu_json(bulk.work),

@@ -31,6 +31,13 @@ MOSTLY: Final = 0.5
 NEAR: Final = 0.7
 "of the largest window under way in a round trip: acknowledgement and credit take their part of the time"
 
+GROWING: Final = 1.3
+"times what the first half of a transfer moved from which it had not come to its end"
+
+QUEUED: Final = 2.0
+FLAT: Final = 1.3
+"times the idle round trip: from the first on a queue was full, up to the second none was"
+
 FEW: Final = 0.01
 "share of the requests that failed from which that is the limit"
 
@@ -53,7 +60,7 @@ class Verdict(NamedTuple):
 
     limit: str
     """``processor`` (of one process), ``processors`` (of the machine), ``backend``, ``slots``, ``failures``,
-    ``connections``, ``loss``, ``window``, ``reader``, ``path``, or ``unknown``"""
+    ``connections``, ``loss``, ``window``, ``reader``, ``time``, ``bandwidth``, ``path``, or ``unknown``"""
 
     text: str
 
@@ -100,8 +107,11 @@ class Bulk(NamedTuple):
     on_path: float | None = None
     "share of the moments in which the client had bytes for QUIC to send that it held back"
 
-    repeated: float | None = None
-    "at least this share of the client's datagrams was beyond what the bytes need"
+    growth: float | None = None
+    "what the second half of the time moved, as a multiple of the first"
+
+    idle_trip: float | None = None
+    "of the link when nothing else went over it, in seconds"
 
     direct_rate: float | None = None
     "bytes a second of the backend, asked directly"
@@ -176,8 +186,6 @@ def _loss(bulk: Bulk) -> Verdict | None:
             " (net.core.rmem_max, net.core.wmem_max)"
         )
         return Verdict("loss", text)
-    if bulk.repeated is not None and bulk.repeated >= LOST:
-        return Verdict("loss", f"loss on the path: at least {bulk.repeated:.1%} of the packets were sent again")
     return None
 
 
@@ -201,11 +209,22 @@ def _credit(bulk: Bulk) -> Verdict | None:
 def _path(bulk: Bulk) -> Verdict | None:
     if bulk.on_path is None or bulk.on_path < MOSTLY:
         return None
-    text = (
-        "the path: its bandwidth, or loss on it, for QUIC held bytes back in"
-        f" {_share(bulk.on_path)} of the moments looked at"
-    )
-    return Verdict("path", text)
+    held = f"QUIC held bytes back in {_share(bulk.on_path)} of the moments looked at"
+    unseen = "" if "server" in bulk.work.processes else "; how busy the server is cannot be seen from here"
+    if bulk.growth is not None and bulk.growth >= GROWING:
+        more = f"{_share(bulk.growth - 1)} more in the second half than in the first"
+        return Verdict("time", f"the time: it was still growing, {more}; a longer --duration shows more")
+    trip, idle = bulk.round_trip, bulk.idle_trip
+    if trip is not None and idle is not None:
+        if trip >= QUEUED * idle and trip - idle >= DISTANT:
+            text = f"the path's bandwidth: {held}, and its round trip grew from {_ms(idle)} to {_ms(trip)}, so a queue"
+            return Verdict("bandwidth", f"{text} was full on the way{unseen}")
+        if trip <= FLAT * idle:
+            text = (
+                f"loss on the path: {held}, though its round trip of {_ms(idle)} has not grown ({_ms(trip)}): no queue"
+            )
+            return Verdict("loss", f"{text} was full{unseen}")
+    return Verdict("path", f"the path: its bandwidth, or loss on it, for {held}{unseen}")
 
 
 def _unknown(work: Work) -> Verdict:

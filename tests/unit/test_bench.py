@@ -36,7 +36,7 @@ def bulk(**changes: Any) -> Bulk:
     """A download that nothing is known to limit."""
     values: dict[str, Any] = {
         "streams": 1, "rate": 20e6, "bytes": 40_000_000, "failures": {}, "work": worked(), "round_trip": 0.001,
-        "on_credit": 0.1, "on_path": 0.1, "repeated": 0.0, "direct_rate": 500e6,
+        "on_credit": 0.1, "on_path": 0.1, "direct_rate": 500e6, "growth": 1.1, "idle_trip": 0.001,
     }  # fmt: skip
     return Bulk(**values | changes)
 
@@ -90,7 +90,6 @@ def test_what_limits_requests(changes: dict[str, Any], limit: str, said: str) ->
         ({"failures": {"incomplete_answer": 1}}, "failures", "most of them with incomplete_answer"),
         ({"direct_rate": 22e6}, "backend", "the backend: asked directly, it does 22.0 MB/s"),
         ({"work": worked(lost=0.031)}, "loss", "loss on this machine: 3.1% of the datagrams found no room"),
-        ({"repeated": 0.02}, "loss", "loss on the path: at least 2.0% of the packets were sent again"),
         (
             {"rate": 80e6, "round_trip": 0.1},
             "window",
@@ -99,10 +98,31 @@ def test_what_limits_requests(changes: dict[str, Any], limit: str, said: str) ->
         ({"on_credit": 0.7, "round_trip": 0.05}, "window", "the window, which has not grown to the distance"),
         ({"on_credit": 0.7}, "reader", "the receiving end, which takes no more: streams waited for credit in 70 %"),
         ({"on_credit": 0.7, "round_trip": None}, "reader", "the receiving end"),
-        ({"on_path": 0.8}, "path", "the path: its bandwidth, or loss on it, for QUIC held bytes back in 80 %"),
+        (
+            {"on_path": 0.8, "growth": 1.6},
+            "time",
+            "the time: it was still growing, 60 % more in the second half than in the first",
+        ),
+        (
+            {"on_path": 0.8, "round_trip": 0.0936, "idle_trip": 0.024},
+            "bandwidth",
+            "80 % of the moments looked at, and its round trip grew from 24.0 ms to 93.6 ms, so a queue was full on",
+        ),
+        (
+            {"on_path": 0.8, "round_trip": 0.044, "idle_trip": 0.0436},
+            "loss",
+            "loss on the path: QUIC held bytes back in 80 % of the moments looked at, though its round trip of 43.6 ms",
+        ),
+        (
+            {"on_path": 0.8, "round_trip": 0.07, "idle_trip": 0.044, "work": worked(client=0.2)},
+            "path",
+            "80 % of the moments looked at; how busy the server is cannot be seen from here",
+        ),
+        ({"on_path": 0.8, "round_trip": 0.003}, "path", "the path: its bandwidth, or loss on it, for QUIC held bytes"),
+        ({"on_path": 0.8, "idle_trip": None, "growth": None}, "path", "the path: its bandwidth, or loss on it"),
         ({}, "unknown", "not known"),
         (
-            {"on_credit": None, "on_path": None, "repeated": None, "direct_rate": None, "round_trip": None},
+            {"on_credit": None, "on_path": None, "growth": None, "direct_rate": None, "round_trip": None},
             "unknown",
             "not known",
         ),
@@ -127,7 +147,7 @@ works = st.builds(
 )
 
 
-@given(st.builds(Bulk, st.integers(1, 8), st.floats(0, 1e10), st.just(1), st.just({}), works, *[shares] * 4, shares))
+@given(st.builds(Bulk, st.integers(1, 8), st.floats(0, 1e10), st.just(1), st.just({}), works, *[shares] * 6))
 def test_a_busy_processor_is_always_the_first_to_be_named(bulk: Bulk) -> None:
     known = [share for share in bulk.work.processes.values() if share is not None]
     verdict = judge_bulk(bulk)
@@ -193,13 +213,10 @@ def test_without_proc_only_this_process_is_known(monkeypatch: pytest.MonkeyPatch
 # What the client tells of its links
 
 
-def test_repetitions_are_the_datagrams_that_the_bytes_do_not_need() -> None:
-    before = {"looks": 0, "on_credit": 0, "on_path": 0, "written": 0, "unsent": 0, "datagrams": 0}
-    after = {"looks": 100, "on_credit": 10, "on_path": 60, "written": 1_150_000, "unsent": 10_000, "datagrams": 1250}
-    assert _told(before, after) == (0.1, 0.6, pytest.approx(0.2))
-    assert _told(before, after | {"datagrams": 900}) == (0.1, 0.6, 0.0)
-    assert _told(before, after | {"written": 0}) == (0.1, 0.6, None)
-    assert _told(before, before) == (None, None, None)
+def test_moments_are_shares_of_those_looked_at() -> None:
+    before = {"looks": 100, "on_credit": 50, "on_path": 0}
+    assert _told(before, {"looks": 200, "on_credit": 60, "on_path": 60}) == (0.1, 0.6)
+    assert _told(before, before) == (None, None)
 
 
 @pytest.mark.parametrize(
