@@ -170,7 +170,8 @@ async def closed_loop(place: Place, path: str, connections: int, seconds: float,
         with suppress(TimeoutError):
             async with asyncio.timeout(_LEAVE_TIME):
                 await pool.drained()
-    failures = counted.failures if counted.succeeded else warm.failures + counted.failures
+        # Before what is left is cut, which has not failed.
+        failures = Counter(counted.failures) if counted.succeeded else warm.failures + counted.failures
     return Loop(answered / spent, answered, counted.latency, failures)
 
 

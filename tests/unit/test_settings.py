@@ -15,6 +15,7 @@ from quictunnel.app.reload import default_tunnel_allowed
 from quictunnel.app.renewal import OF_THE_LOG
 from quictunnel.options import Settings, UsageError, environment_name, load_settings, option_of
 from quictunnel.settings import (
+    BenchSettings,
     CertsInitSettings,
     CertsIssueSettings,
     CertsShowSettings,
@@ -35,6 +36,7 @@ ALL: list[type[Settings]] = [
     ConnectSettings,
     DemoSettings,
     LoadSettings,
+    BenchSettings,
     CertsInitSettings,
     CertsIssueSettings,
     CertsShowSettings,
@@ -198,6 +200,41 @@ def test_wrong_flags_of_serve(flags: dict[str, Any], said: str) -> None:
 )
 def test_wrong_flags_of_connect(flags: dict[str, Any], said: str) -> None:
     assert refused(ConnectSettings, **flags).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"duration": "900ms"}, "--duration: '900ms': less than 1s measures nothing"),
+        ({"engine": "quiche"}, "--engine: 'quiche': auto, both, aioquic or qh3 is needed"),
+        ({"tunnel": "app"}, "--tunnel goes with --join or --server"),
+        ({"via": "127.0.0.1:8080"}, "--via goes with --join or --server"),
+        ({"server_name": "a.example"}, "--server-name goes with --join or --server"),
+        ({"path": "/healthz"}, "--path goes with --backend"),
+        ({"backend": "unix:/run/app.sock"}, "--backend: 'unix:/run/app.sock': a port, HOST:PORT or URL is needed: "),
+        ({"backend": "myapp:app"}, "--backend: 'myapp:app': a port, HOST:PORT or URL is needed: "),
+        ({"join": "qt1_nonsense"}, "--join: "),
+        ({"max_bytes": "10"}, "--max-bytes: '10': the size must be 65536.."),
+        ({"server": "127.0.0.1:4433", "via": "nowhere:0"}, "--via: 'nowhere:0': the port must be 1..65535"),
+    ],
+)
+def test_wrong_flags_of_bench(flags: dict[str, Any], said: str) -> None:
+    assert refused(BenchSettings, **flags).startswith(said)
+
+
+def test_a_bench_moves_without_limit_on_one_machine_alone() -> None:
+    assert load_settings(BenchSettings, {}).most_bytes is None
+    assert load_settings(BenchSettings, {"join": JOIN}).most_bytes == 2**30
+    assert load_settings(BenchSettings, {"server": "a.example", "max_bytes": "64k"}).most_bytes == 65536
+    assert load_settings(BenchSettings, {"max_bytes": "1m"}).most_bytes == 2**20
+
+
+def test_a_bench_does_not_take_what_is_set_for_connect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has the variables of a client set, and asks for a self-test, gets one."""
+    monkeypatch.setenv("QUICTUNNEL_JOIN", JOIN)
+    assert not load_settings(BenchSettings, {}).is_remote
+    monkeypatch.setenv("QUICTUNNEL_BENCH_JOIN", JOIN)
+    assert load_settings(BenchSettings, {}).is_remote
 
 
 def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
