@@ -83,6 +83,9 @@ async def bench(settings: BenchSettings) -> int:
         assert task is not None
         task.cancel()
 
+    if settings.most_bytes is not None and settings.backend is None and not settings.json_:
+        most = f"{settings.most_bytes * len(_engines(settings)) / 1e6:,.0f} MB"
+        print(f"bulk transfers move at most {most} each way; --max-bytes changes it", file=sys.stderr)
     loop.add_signal_handler(signal.SIGTERM, terminate)
     try:
         runs = [await _run(settings, engine) for engine in _engines(settings)]
@@ -110,8 +113,11 @@ async def _run(settings: BenchSettings, engine: str) -> Run:
     with tempfile.TemporaryDirectory(prefix="quictunnel-bench-") as name:
         async with _children(Path(name)) as children:
             parts = _Parts(settings, engine, seconds, children)
-            await parts.start()
-            return await parts.measure()
+            try:
+                await parts.start()
+                return await parts.measure()
+            finally:
+                _progress("")
 
 
 # The processes
@@ -244,7 +250,7 @@ class _Parts:
     async def start(self) -> None:
         """Start all that is needed, and see that a request passes. Raises CommandError."""
         settings = self._settings
-        self._progress("starting")
+        _progress("starting")
         backend = settings.backend
         if backend is not None:
             await self._find_backend(backend)
@@ -263,6 +269,12 @@ class _Parts:
             told |= {"join": join, "tunnel": "bench"}
         self._client = self._children.tell("client", {"settings": told})
         welcome = await self._welcomed()
+        if self._is_remote and settings.tunnel is None and not welcome["made_up"]:
+            # It may be a real client's that is away just now.
+            raise CommandError(
+                f"the token is for the tunnel {welcome['tunnel']} and no other, so the bench would take its place; give"
+                f" --tunnel {welcome['tunnel']} if nobody serves it, or a join string whose token is for others too"
+            )
         if not welcome["urls"]:
             raise CommandError(f"the server does not say where visitors find the tunnel {welcome['tunnel']}")
         self._url = str(welcome["urls"][0])
@@ -384,7 +396,7 @@ class _Parts:
         settings, path = self._settings, self._path
         own = settings.backend is None
         loop = asyncio.get_running_loop()
-        self._progress("the backend, asked directly")
+        _progress("the backend, asked directly")
         shut = loop.create_task(self._see_that_it_is_ours())  # awaited here
         try:
             direct = await closed_loop(self._direct, path, 1, self._share(_DIRECT))
@@ -398,18 +410,17 @@ class _Parts:
             await asyncio.gather(shut, return_exceptions=True)
         await self._open()
         self._trip = await self._round_trip()
-        self._progress("requests one by one")
+        _progress("requests one by one")
         lone = await closed_loop(self._public, path, 1, self._share(_LONE))
         rates = [await self._rates(count, lone, direct_many) for count in CONNECTIONS]
         rate = _fixed_rate(max(each.rate for each in rates))
-        self._progress(f"{rate:g} requests/s")
+        _progress(f"{rate:g} requests/s")
         schedule = await on_schedule(self._public, path, rate, max(self._share(_SCHEDULE), 1 / rate))
         bulk: dict[tuple[str, int], Bulk] = {}
         if direct_bulk is not None:
             for direction in ("down", "up"):
                 for streams in STREAMS:
                     bulk[direction, streams] = await self._bulk(direction, streams, direct_bulk.rate)
-        self._progress("")
         memory = {name: self._meter.memory(name) for name in self._meter.names}
         return Run(
             engine=self._engine,
@@ -451,7 +462,7 @@ class _Parts:
         return trip
 
     async def _rates(self, connections: int, lone: Loop, direct: Loop) -> Rates:
-        self._progress(f"{connections} connections")
+        _progress(f"{connections} connections")
         seconds = self._share(_MANY[connections])
         found = await closed_loop(self._public, self._path, connections, seconds, Marks(self._begin, self._end))
         done = self._done
@@ -469,7 +480,7 @@ class _Parts:
         )
 
     async def _bulk(self, direction: str, streams: int, direct_rate: float) -> Bulk:
-        self._progress(f"{direction}, {streams} at a time")
+        _progress(f"{direction}, {streams} at a time")
         seconds = self._share(_BULK)
         limit = self._settings.most_bytes
         limit = LOCAL_BYTES if limit is None else max(1, limit // len(STREAMS))
@@ -500,10 +511,12 @@ class _Parts:
             direct_rate=direct_rate if direction == "down" else None,
         )
 
-    def _progress(self, text: str) -> None:
-        if sys.stderr.isatty():
-            sys.stderr.write(f"\r\x1b[K{f'{self._engine}: {text} ' if text else ''}")
-            sys.stderr.flush()
+
+def _progress(text: str) -> None:
+    """On a terminal, what is being done now, until the next call."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{text}{' ' if text else ''}")
+        sys.stderr.flush()
 
 
 class _Told(NamedTuple):

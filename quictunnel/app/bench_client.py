@@ -101,7 +101,12 @@ async def client(told: "Facts", converse: "Converse") -> int:
 
 def _tell(agent: Agent, urls: list[str]) -> None:
     authority = agent.authority
-    facts = {"tunnel": agent.tunnel, "urls": urls, "authority": authority.decode("ascii") if authority else None}
+    facts = {
+        "tunnel": agent.tunnel,
+        "made_up": agent.name_is_made_up,
+        "urls": urls,
+        "authority": authority.decode("ascii") if authority else None,
+    }
     say(json.dumps(facts))
 
 

@@ -231,6 +231,9 @@ async def _transfer(
         tally.sent += 1
         pool.send(Shot(began + seconds, tally))  # its limit counts from the end of the transfer
     await _until(lambda: not tally.in_flight, WARM * seconds)
+    # Not before something has passed. The count may be another process's, which has no event to wait for.
+    while tally.in_flight and await count() == first and time.monotonic() < began + ANSWER_TIME:  # noqa: ASYNC110
+        await asyncio.sleep(_WATCH / 5)
     await marks.begin()
     warm_at, warm = time.monotonic(), await count()
     half = (1 - WARM) * seconds / 2

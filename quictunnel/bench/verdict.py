@@ -31,7 +31,7 @@ MOSTLY: Final = 0.5
 NEAR: Final = 0.7
 "of the largest window under way in a round trip: acknowledgement and credit take their part of the time"
 
-GROWING: Final = 1.3
+GROWING: Final = 1.5
 "times what the first half of a transfer moved from which it had not come to its end"
 
 QUEUED: Final = 2.0
@@ -59,8 +59,9 @@ class Verdict(NamedTuple):
     """What limits, as a word for programs and a sentence for people."""
 
     limit: str
-    """``processor`` (of one process), ``processors`` (of the machine), ``backend``, ``slots``, ``failures``,
-    ``connections``, ``loss``, ``window``, ``reader``, ``time``, ``bandwidth``, ``path``, or ``unknown``"""
+    """``processor`` (of one process), ``processors`` (of the machine), ``others`` (who have those), ``backend``,
+    ``slots``, ``failures``, ``connections``, ``loss``, ``window``, ``reader``, ``time``, ``bandwidth``, ``path``, or
+    ``unknown``"""
 
     text: str
 
@@ -159,6 +160,10 @@ def _processor(work: Work) -> Verdict | None:
     if work.machine is None or work.machine < BUSY * work.cores:
         return None
     others = {"other programs": work.machine - sum(known.values())}
+    if others["other programs"] > sum(known.values()):
+        ours = ", ".join(f"{name} {_share(share)}" for name, share in known.items())
+        text = f"other programs, which have {_share(others['other programs'])} of this machine's"
+        return Verdict("others", f"{text} {work.cores} cores ({ours})")
     parts = [
         f"{name} {_share(share)}"
         for name, share in sorted((known | others).items(), key=lambda item: -item[1])
@@ -207,24 +212,21 @@ def _credit(bulk: Bulk) -> Verdict | None:
 
 
 def _path(bulk: Bulk) -> Verdict | None:
-    if bulk.on_path is None or bulk.on_path < MOSTLY:
-        return None
-    held = f"QUIC held bytes back in {_share(bulk.on_path)} of the moments looked at"
-    unseen = "" if "server" in bulk.work.processes else "; how busy the server is cannot be seen from here"
-    if bulk.growth is not None and bulk.growth >= GROWING:
-        more = f"{_share(bulk.growth - 1)} more in the second half than in the first"
-        return Verdict("time", f"the time: it was still growing, {more}; a longer --duration shows more")
+    grows = bulk.growth is not None and bulk.growth >= GROWING
+    is_held = bulk.on_path is not None and bulk.on_path >= MOSTLY
     trip, idle = bulk.round_trip, bulk.idle_trip
-    if trip is not None and idle is not None:
-        if trip >= QUEUED * idle and trip - idle >= DISTANT:
-            text = f"the path's bandwidth: {held}, and its round trip grew from {_ms(idle)} to {_ms(trip)}, so a queue"
-            return Verdict("bandwidth", f"{text} was full on the way{unseen}")
-        if trip <= FLAT * idle:
-            text = (
-                f"loss on the path: {held}, though its round trip of {_ms(idle)} has not grown ({_ms(trip)}): no queue"
-            )
-            return Verdict("loss", f"{text} was full{unseen}")
-    return Verdict("path", f"the path: its bandwidth, or loss on it, for {held}{unseen}")
+    held = f"QUIC held bytes back in {_share(bulk.on_path or 0.0)} of the moments looked at"
+    unseen = "" if "server" in bulk.work.processes else "; how busy the server is cannot be seen from here"
+    if is_held and trip is not None and idle is not None and trip >= QUEUED * idle and trip - idle >= DISTANT:
+        text = f"the path's bandwidth: {held}, and its round trip grew from {_ms(idle)} to {_ms(trip)}, so a queue"
+        return Verdict("bandwidth", f"{text} was full on the way{unseen}")
+    if grows:
+        more = f"{_share((bulk.growth or 1.0) - 1)} more in the second half than in the first"
+        return Verdict("time", f"the time: it was still growing, {more}; a longer --duration shows more")
+    if is_held and trip is not None and idle is not None and trip <= FLAT * idle:
+        text = f"loss on the path: {held}, though its round trip of {_ms(idle)} has not grown ({_ms(trip)}): no queue"
+        return Verdict("loss", f"{text} was full{unseen}")
+    return Verdict("path", f"the path: its bandwidth, or loss on it, for {held}{unseen}") if is_held else None
 
 
 def _unknown(work: Work) -> Verdict:

@@ -49,7 +49,7 @@ from quictunnel.wire.control import (
 from quictunnel.wire.credit import WindowBudget
 from quictunnel.wire.errors import ErrorCode
 from quictunnel.wire.frames import RequestHead
-from quictunnel.wire.names import normalise_tunnel_name
+from quictunnel.wire.names import made_up_word, normalise_tunnel_name
 
 __all__ = ["Agent", "AgentConfig", "FinalRefusal"]
 
@@ -206,6 +206,11 @@ class Agent(LinkOwner):
     def authority(self) -> bytes | None:
         """The CA's certificate (PEM) that the server's came from; None: the system's CAs, or no link was made yet."""
         return self._authority
+
+    @property
+    def name_is_made_up(self) -> bool:
+        """Whether the server has given a name that is this session's alone, and not one that its token stands for."""
+        return made_up_word(self._session) in self.tunnel
 
     # The agent's life
 

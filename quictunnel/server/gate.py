@@ -1,8 +1,6 @@
 """The gate where clients register: hello, token, name; then welcome or a refusal that says why."""
 
 import asyncio
-import base64
-import hashlib
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Final
@@ -35,7 +33,7 @@ from quictunnel.wire.control import (
     Welcome,
 )
 from quictunnel.wire.errors import ErrorCode, TunnelError
-from quictunnel.wire.names import host_and_port
+from quictunnel.wire.names import host_and_port, made_up_word
 
 __all__ = ["Gate"]
 
@@ -269,8 +267,7 @@ class Gate(LinkOwner):
 
         The token is not verified yet: whoever brings a wrong one is refused for that next, whatever name this gives.
         """
-        word = base64.b32encode(hashlib.sha256(hello.session.encode()).digest()[:5]).decode().lower()
-        return self._pattern_of(hello).replace("*", word)
+        return self._pattern_of(hello).replace("*", made_up_word(hello.session))
 
     def _pattern_of(self, hello: Hello) -> str:
         token = self._tokens.get(hello.token[4:12])  # qtk_ID_…

@@ -9,12 +9,15 @@ or ``*.`` and a host name: ``*.example.com`` covers ``a.example.com``, and neith
 ``a.b.example.com`` (as in RFC 9525 section 6.3).
 """
 
+import base64
+import hashlib
 import re
 from typing import Final
 
 __all__ = [
     "host_and_port",
     "host_matches",
+    "made_up_word",
     "normalise_host",
     "normalise_host_pattern",
     "normalise_tunnel_name",
@@ -103,6 +106,11 @@ def host_matches(pattern: str, host: str) -> bool:
     if pattern.startswith("*."):
         return host.partition(".")[2] == pattern[2:] and not host.startswith((".", "*"))
     return host == pattern
+
+
+def made_up_word(session: str) -> str:
+    """What stands for ``*`` in the name that a server gives to a session that asks for none: eight characters."""
+    return base64.b32encode(hashlib.sha256(session.encode()).digest()[:5]).decode().lower()
 
 
 def _label(text: str, what: str, allowed: re.Pattern[str], characters: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from quictunnel.bench import measure
 from quictunnel.bench.backend import Backend
 from quictunnel.bench.measure import Marks, Place, ask, closed_loop, download, on_schedule, upload
 from quictunnel.load.plan import parse_target
@@ -102,11 +103,16 @@ async def test_failures_are_counted_and_end_a_loop_that_has_no_hope() -> None:
         assert (transfer.bytes, transfer.failures) == (0, Counter({"status_503": 2}))
 
 
-async def test_what_is_cut_at_the_end_has_not_failed() -> None:
+async def test_what_is_cut_at_the_end_has_not_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "ANSWER_TIME", 0.05)
     server, where = await stub(b"HTTP/1.1 100 Continue\r\n\r\n")
     async with server:
-        transfer = await download(where, 2, 0.05, 1000)
-        assert transfer == (0.0, 0, Counter(), None)
+        transfer = await download(where, 2, 0.01, 1000)
+        assert transfer.bytes == 0
+        assert set(transfer.failures) <= {"response_timeout"}
+    server, where = await stub(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nx")
+    async with server:
+        assert (await download(where, 2, 0.05, 1000))[1:3] == (2, Counter())
 
 
 async def test_one_request_is_read_to_its_end_and_no_further(backend: tuple[Backend, Place]) -> None:
