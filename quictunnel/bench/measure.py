@@ -161,6 +161,11 @@ async def closed_loop(place: Place, path: str, connections: int, seconds: float,
         warm.hand_over(counted)
         began = time.monotonic()
         await asyncio.sleep((1 - WARM) * seconds)
+        # And not less than that again, however slow it is.
+        await _until(
+            lambda: counted.succeeded + counted.failed >= connections or not warm.in_flight + counted.in_flight,
+            ANSWER_TIME,
+        )
         spent = time.monotonic() - began
         # Those that were asked before it counted and answered while it did are as many as those the other way round.
         answered = counted.succeeded
