@@ -98,7 +98,7 @@ async def test_failures_are_counted_and_end_a_loop_that_has_no_hope() -> None:
         found = await closed_loop(where, "/", 2, 0.1)
         assert found.answered == 0
         assert set(found.failures) == {"status_503"}
-        assert 20 <= found.failures.total() <= 22
+        assert 20 <= found.failures.total() <= 44  # of each of the two parts of its time so many in a row
         transfer = await download(where, 2, 60.0, 1000)
         assert (transfer.bytes, transfer.failures) == (0, Counter({"status_503": 2}))
 
