@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from quictunnel.cli import _loop_factory
+from quictunnel.app.loop import loop_factory
 from tests.support.held import Crowd, HeldBackend, ask, descriptors, held_backend
 from tests.support.processes import Process, Processes, Tunnel
 
@@ -16,7 +16,7 @@ KINDS = ("websocket", "poll")
 def play(engine: str, processes: Processes, count: int) -> None:
     """So many of each kind come, wait, hear a message each and leave."""
     descriptors(2 * count + 500)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         runner.run(_play(engine, processes, count))
 
 
