@@ -14,7 +14,7 @@ QUICK := -n 2 --dist worksteal
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-compiled check format fuzz clean
+.PHONY: help demo test test-all test-compiled check format fuzz bench clean
 
 help:
 	@echo 'make demo      try the tunnel on this machine: server, client and a small backend, until Ctrl-C'
@@ -22,6 +22,7 @@ help:
 	@echo 'make test-all  every test, the slow ones too'
 	@echo 'make test-compiled  the quick tests again, as the compiled package of an installation'
 	@echo 'make fuzz      random bytes for all that reads from outside (ARGS="--seconds 600 door")'
+	@echo 'make bench     this and other tunnels and proxies side by side (ARGS=--help tells more; ARGS=--quick: a few minutes)'
 	@echo 'make check     lint, format, types, and which module may import which'
 	@echo 'make format    let ruff put the format right'
 	@echo 'make clean     remove .venv and what tools left behind'
@@ -59,6 +60,9 @@ fuzz: $(VENV)/.installed-dev
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || echo 'without atheris: blind (pip install atheris into $(VENV) to be guided by coverage)'
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
+bench: $(VENV)/.installed-bench
+	@$(BIN)/python -m benchmarks.sidebyside $(ARGS)
+
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -81,6 +85,12 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.made
 	    echo 'the fast extra (qh3, uvloop) cannot be installed here: going on without it'; \
 	    $(INSTALL) --editable '.[dev]'; }
 	@touch $@ $(VENV)/.installed
+
+# Without matplotlib there are tables and no plots.
+$(VENV)/.installed-bench: pyproject.toml | $(VENV)/.installed
+	@echo 'installing what make bench plots with into $(VENV)'
+	@$(INSTALL) --editable '.[bench]' || echo 'the bench extra (matplotlib) cannot be installed here: going on without plots'
+	@touch $@
 
 $(VENV)/.made:
 	@for python in '$(PYTHON)' python3 python3.14 python3.13 python3.12 python3.11; do \

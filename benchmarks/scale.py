@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 from loguru import logger
 
 from quictunnel.app.process import calm_collector
-from quictunnel.cli import _loop_factory
+from quictunnel.app.loop import loop_factory
 from quictunnel.http.visitor import VisitorLimits
 from quictunnel.http.visitor_connection import VisitorConnection
 from quictunnel.server.registry import RegistryLimits
@@ -304,7 +304,7 @@ def main() -> None:
             if figure in IN_MEMORY:
                 in_memory(figure, engine, arguments)
                 continue
-            with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            with asyncio.Runner(loop_factory=loop_factory()) as runner:
                 runner.run(stay_open(figure, engine, arguments))
 
 
