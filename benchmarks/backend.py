@@ -4,6 +4,7 @@ It answers 100 bytes after so many milliseconds. Some targets are answered other
 
 /after/MILLISECONDS  after so long
 /sink                how many bytes of body came with the request
+/received            how many bytes of bodies have come in all
 /poll                nothing until somebody asks for /release, which says how many waited
 /waiting             how many wait so, and how many WebSockets there are
 /socket              a WebSocket (RFC 6455) that sends back each short message
@@ -24,14 +25,21 @@ ANSWER = FIELDS % 100 + b"x" * 100
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 section 1.3
 
 
+class All:
+    """What the connections have in common."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.polls: set[Backend] = set()
+        self.sockets: set[Backend] = set()
+
+
 class Backend(asyncio.Protocol):
     """Answers the requests of a connection, one at a time."""
 
-    def __init__(self, delay: float, polls: "set[Backend]", sockets: "set[Backend]") -> None:
-        """``polls`` and ``sockets`` are those of all connections."""
+    def __init__(self, delay: float, everything: All) -> None:
         self.delay = delay
-        self.polls = polls
-        self.sockets = sockets
+        self.all = everything
         self.parser = httptools.HttpRequestParser(self)
         self.begin()
 
@@ -45,8 +53,8 @@ class Backend(asyncio.Protocol):
         self.frames: bytearray | None = None
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.polls.discard(self)
-        self.sockets.discard(self)
+        self.all.polls.discard(self)
+        self.all.sockets.discard(self)
 
     def data_received(self, data: bytes) -> None:
         if self.frames is None:
@@ -69,6 +77,7 @@ class Backend(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         self.received += len(body)
+        self.all.received += len(body)
 
     def on_message_complete(self) -> None:
         loop, target, received = asyncio.get_running_loop(), self.target, self.received
@@ -78,16 +87,18 @@ class Backend(asyncio.Protocol):
         match target.split(b"/")[1:]:
             case [b"sink"]:
                 self.say(b"%d" % received)
+            case [b"received"]:
+                self.say(b"%d" % self.all.received)
             case [b"poll"]:
-                self.polls.add(self)
+                self.all.polls.add(self)
             case [b"release"]:
-                waiting = tuple(self.polls)
-                self.polls.clear()
+                waiting = tuple(self.all.polls)
+                self.all.polls.clear()
                 for each in waiting:
                     each.answer()
                 self.say(b"%d" % len(waiting))
             case [b"waiting"]:
-                self.say(b"%d %d" % (len(self.polls), len(self.sockets)))
+                self.say(b"%d %d" % (len(self.all.polls), len(self.all.sockets)))
             case [b"after", milliseconds]:
                 loop.call_later(int(milliseconds) / 1000, self.answer)
             case _:
@@ -107,7 +118,7 @@ class Backend(asyncio.Protocol):
             b"Sec-WebSocket-Accept: %b\r\n\r\n" % accept
         )
         self.frames = bytearray()
-        self.sockets.add(self)
+        self.all.sockets.add(self)
 
     def talk(self, frames: bytearray) -> None:
         # RFC 6455 section 5.2: what a client sends is masked; nothing here is longer than 125 bytes.
@@ -124,10 +135,9 @@ class Backend(asyncio.Protocol):
 
 async def main(port: int, milliseconds: float) -> None:
     """Serve until the process is ended."""
-    polls: set[Backend] = set()
-    sockets: set[Backend] = set()
+    everything = All()
     server = await asyncio.get_running_loop().create_server(
-        lambda: Backend(milliseconds / 1000, polls, sockets), "127.0.0.1", port, backlog=4096
+        lambda: Backend(milliseconds / 1000, everything), "127.0.0.1", port, backlog=4096
     )
     print(f"ready 127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
     await server.serve_forever()

@@ -52,8 +52,8 @@ def parser() -> argparse.ArgumentParser:
                       "quictunnel-qh3-2+2 for 2 server and 2 client processes")  # fmt: skip
     made.add_argument("--quick", action="store_true", help="less of everything, once: for trying")
     made.add_argument("--repeats", type=int, metavar="N", help="of each measurement (default: 5; quick: 1)")
-    made.add_argument("--seconds", type=int, metavar="S", help="of each load (default: 3; quick: 1)")
-    made.add_argument("--limit", type=float, metavar="S", help="after which a transfer is cut (default: 10; quick: 3)")
+    made.add_argument("--seconds", type=int, metavar="S", help="of each load (default: 2; quick: 1)")
+    made.add_argument("--limit", type=float, metavar="S", help="after which a transfer is cut (default: 8; quick: 2)")
     made.add_argument("--idle", type=int, metavar="N", help="visitors that wait (default: 10000; quick: 500)")
     made.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="(default: benchmarks/results)")
     made.add_argument("--merge", action="store_true", help="keep the axes in DIR that are not measured now")

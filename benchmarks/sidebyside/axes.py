@@ -126,7 +126,7 @@ class Http2(Axis):
     def cases(self, scale: Scale) -> list[Case]:
         return [
             Case(f"{count}x{each}", "answers of 100 B, by connections and streams on each", f"{count} with {each}")
-            for count, each in ((1, 16), (16, 16))
+            for count, each in scale.http2
         ]
 
     def seconds(self, scale: Scale) -> float:
@@ -178,18 +178,19 @@ class Bulk(Axis):
         with bench.origin() as (port, _), bench.placed(block, port, [SMALL], cases=down) as places:
             bench.turns(block, down, list(places), lambda peer, case: self.once(bench, places[peer], case))
         with bench.backend() as port, bench.placed(block, port, [("/", 100)], cases=up) as places:
-            bench.turns(block, up, list(places), lambda peer, case: self.once(bench, places[peer], case))
+            sink = Target(port)
+            bench.turns(block, up, list(places), lambda peer, case: self.once(bench, places[peer], case, sink))
 
-    def once(self, bench: Bench, place: Place, case: Case) -> Found:
-        size, way, count = case.name.split("-")
-        return moving(place, size, up=way == "up", count=int(count), limit=bench.scale.limit)
+    def once(self, bench: Bench, place: Place, case: Case, sink: Target | None = None) -> Found:
+        size, _, count = case.name.split("-")
+        return moving(place, size, count=int(count), limit=bench.scale.limit, sink=sink)
 
 
-def moving(place: Place, size: str, *, up: bool, count: int, limit: float) -> Found:
+def moving(place: Place, size: str, *, count: int, limit: float, sink: Target | None = None) -> Found:
     """Bodies of a size, and what they cost."""
 
     def work() -> Found:
-        moved = transfer(place.target, f"/{size}", SIZES[size], up=up, count=count, limit=limit)
+        moved = transfer(place.target, f"/{size}", SIZES[size], count=count, limit=limit, sink=sink)
         values = {
             "megabytes_per_s": moved.bytes / moved.seconds / 1e6,
             "bytes": moved.bytes,
@@ -303,7 +304,7 @@ class Distance(Axis):
 class Beside(Axis):
     name, title = "beside", "Small requests beside a download"
     note = (
-        "`quictunnel load` with 100 requests/s of 100 B, alone and while somebody downloads 1 GB through the same"
+        "`quictunnel load` with 200 requests/s of 100 B, alone and while somebody downloads 1 GB through the same"
         " client. The line between client and server has a round trip of 50 ms and loses so much in each "
         "direction. Loss can only be put on datagrams here: a peer over TCP is measured without."
     )
@@ -314,16 +315,16 @@ class Beside(Axis):
         View("MB/s of the download", ("megabytes_per_s",), 2),
     ]
     needs = ("nginx",)
-    rate, round_trip = 100, 0.05
+    rate, round_trip = 200, 0.05
 
     def cases(self, scale: Scale) -> list[Case]:
         return [Case(str(loss), "by loss", f"{loss} %") for loss in scale.losses]
 
     def seconds(self, scale: Scale) -> float:
-        return len(self.cases(scale)) * (3 + scale.repeats * (2 * self.each(scale) + 3))
+        return len(self.cases(scale)) * scale.repeats * (2 * self.each(scale) + 3)
 
     def each(self, scale: Scale) -> float:
-        return max(2.0, 2 * scale.seconds)
+        return max(2.0, scale.seconds)
 
     def measure(self, bench: Bench, block: Block) -> None:
         with bench.origin() as (port, _):
@@ -478,7 +479,7 @@ class Cost(Axis):
                     values = {f"idle_{side}": memory.resident for side, memory in memories(place).items()}
                     load = costing(place, lambda: wrk(place.target, SMALL[0], 64, bench.scale.seconds))
                     values["cpu_per_100k"] = 1e5 * load.values["cpu"] / load.values["requests"]
-                    bulk = moving(place, size, up=False, count=1, limit=bench.scale.limit)
+                    bulk = moving(place, size, count=1, limit=bench.scale.limit)
                     values["cpu_per_gb"] = bulk.values["cpu_per_gb"]
                     time.sleep(QUIET)
                     values |= {f"after_{side}": memory.resident for side, memory in memories(place).items()}

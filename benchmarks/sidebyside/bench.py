@@ -28,18 +28,21 @@ class Scale:
     """How much of everything."""
 
     repeats: int = 5
-    seconds: int = 3
+    seconds: int = 2
     "of each closed or open loop"
 
-    limit: float = 10.0
+    limit: float = 8.0
     "seconds after which a transfer is cut"
 
     requests: tuple[tuple[str, tuple[int, ...]], ...] = (
         ("100B", (1, 16, 64, 256, 1000)),
-        ("10kB", (1, 16, 64, 256, 1000)),
+        ("10kB", (1, 64, 1000)),
         ("1MB", (1, 16, 64)),
     )
     "connections for each size of answer"
+
+    http2: tuple[tuple[int, int], ...] = ((1, 16), (16, 16))
+    "connections, and streams at a time on each"
 
     bulk: tuple[str, ...] = ("100MB", "1GB")
     at_once: tuple[int, ...] = (1, 8)
@@ -61,9 +64,9 @@ class Scale:
 def quick(scale: Scale) -> Scale:
     """The same in a few minutes: for trying, not for publishing."""
     return replace(
-        scale, repeats=1, seconds=1, limit=3.0, requests=(("100B", (1, 64, 1000)), ("10kB", (64,)), ("1MB", (16,))),
-        bulk=("100MB",), at_once=(1, 8), rates=(1000,), lone=200, round_trips=(0, 50), losses=(0, 2), idle=500,
-        idle_repeats=1, idle_seconds=1.0, idle_limit=20.0,
+        scale, repeats=1, seconds=1, limit=2.0, requests=(("100B", (1, 64, 1000)), ("1MB", (16,))), http2=((16, 16),),
+        bulk=("100MB",), rates=(1000,), lone=200, round_trips=(0, 50), losses=(2,), idle=500, idle_repeats=1,
+        idle_seconds=0.5, idle_limit=20.0,
     )  # fmt: skip
 
 

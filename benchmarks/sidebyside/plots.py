@@ -51,6 +51,7 @@ def there(results: Results, block: Block, case: str, key: str) -> list[tuple[str
 def requests(results: Results, block: Block) -> Any:
     """Requests a second and p99 against connections, for each size of answer."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter
 
     groups = list(dict.fromkeys(case.group for case in block.cases))
     groups = [group for group in groups if sum(case.group == group for case in block.cases) > 1]
@@ -69,19 +70,20 @@ def requests(results: Results, block: Block) -> Any:
                 axes.plot(xs, [each.median for _, each in points], dashed(peer), color=colour(peer), marker="o",
                           markersize=4, label=results.peers[peer]["label"])  # fmt: skip
                 axes.fill_between(xs, [each.least for _, each in points], [each.most for _, each in points],
-                                  color=colour(peer), alpha=0.12, linewidth=0)  # fmt: skip
+                                  color=colour(peer), alpha=0.08, linewidth=0)  # fmt: skip
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.set_xticks(list(at.values()), [f"{x:,}" for x in at.values()])
             axes.minorticks_off()
-            axes.yaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:,g}"))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
             axes.set_xlabel("connections")
             axes.set_ylabel(text)
-            axes.set_title(group.partition(",")[0].capitalize(), fontsize=11)
+            axes.set_title(group.partition(",")[0], fontsize=11)
             axes.grid(True, alpha=0.3)
+    columns = min(6, 2 * len(groups) or 1)
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=min(6, max(1, len(labels))), frameon=False)
-    figure.tight_layout(rect=(0, 0.03 + 0.025 * (1 + len(labels) // 6), 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncols=columns, frameon=False)
+    figure.tight_layout(rect=(0, 0.01 + 0.025 * -(-len(labels) // columns), 1, 1))
     return figure
 
 

@@ -16,7 +16,7 @@ __all__ = ["ROOT", "START_LIMIT", "Memory", "Process", "Trouble", "free_port", "
 
 ROOT = Path(__file__).parents[2]
 START_LIMIT = 20.0
-STOP_LIMIT = 5.0
+STOP_LIMIT = 2.0
 TICKS = os.sysconf("SC_CLK_TCK")
 
 

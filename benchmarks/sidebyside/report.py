@@ -253,7 +253,8 @@ def glance(results: Results) -> str:
         cells = [glance_cell(results.blocks[axis], name, case, key, digits, compared)
                  for _, axis, case, key, digits, compared in columns]  # fmt: skip
         rows.append([peer["label"], *cells])
-    return "## At a glance\n\n" + table(("", *(each[0] for each in columns)), rows)
+    says = "`!`: some failed, see below." if any("!" in text for row in rows for text in row) else ""
+    return "## At a glance\n\n" + (f"{says}\n\n" if says else "") + table(("", *(each[0] for each in columns)), rows)
 
 
 def glance_cell(block: Block, peer: str, case: str, key: str, digits: int, compared: bool) -> str:

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import os
 import socket
+import struct
 import threading
 import time
 from collections import Counter
@@ -163,12 +164,14 @@ class Transfer:
     "whether all of them came to their end, within the time that there was"
 
 
-def transfer(target: Target, path: str, size: int, *, up: bool, count: int, limit: float) -> Transfer:
-    """Fetch or send ``count`` bodies of ``size`` bytes at the same time, for at most ``limit`` seconds.
+def transfer(target: Target, path: str, size: int, *, count: int, limit: float, sink: Target | None = None) -> Transfer:
+    """Fetch ``count`` bodies of ``size`` bytes at the same time, or send them, for at most ``limit`` seconds.
 
-    A body sent goes to /sink, which must answer with how many bytes came. Raises OSError or Trouble when one of them
-    fails, and Trouble when nothing moved at all.
+    With a ``sink`` they are sent: it is the benchmarks/backend.py behind the target. It must answer with how many bytes
+    came, and says of a body that was cut how much of it had come. Raises OSError or Trouble when one of them fails, and
+    Trouble when nothing moved at all.
     """
+    before = settled(sink) if sink is not None else 0
     moved = [0] * count
     ends = [0.0] * count
     whole = [False] * count
@@ -180,9 +183,13 @@ def transfer(target: Target, path: str, size: int, *, up: bool, count: int, limi
             with Visitor(target, limit=LIMIT) as visitor:
                 begin.wait(LIMIT)
                 deadline = time.perf_counter() + limit
-                for step in _send(visitor, size, deadline) if up else _fetch(visitor, path, size, deadline):
+                steps = _fetch(visitor, path, size, deadline) if sink is None else _send(visitor, size, deadline)
+                for step in steps:
                     moved[number] += step
                 whole[number] = moved[number] == size
+                if sink is not None and not whole[number]:
+                    # What the sockets hold is not to be brought to its end when the time is over.
+                    visitor.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         except (OSError, Trouble, threading.BrokenBarrierError) as error:
             errors.append(error)
             begin.abort()
@@ -199,9 +206,28 @@ def transfer(target: Target, path: str, size: int, *, up: bool, count: int, limi
         thread.join(limit + 2 * LIMIT)
     if errors:
         raise errors[0]
-    if not sum(moved):
+    seconds = max(ends) - began
+    total = sum(moved) if sink is None else ask_number(sink, "/received") - before
+    if total <= 0:
         raise Trouble(f"not a byte within {limit:g} s")
-    return Transfer(sum(moved), max(ends) - began, all(whole))
+    return Transfer(total, seconds, all(whole))
+
+
+def ask_number(backend: Target, path: str) -> int:
+    """The first number that benchmarks/backend.py answers."""
+    with Visitor(backend) as visitor:
+        visitor.sock.sendall(backend.head(path))
+        return int(visitor.text(visitor.begin(0.0)[1]).split()[0])
+
+
+def settled(sink: Target, limit: float = 5.0) -> int:
+    """How many bytes have come to a backend, when no more come of what was sent before."""
+    deadline = time.monotonic() + limit
+    came = -1
+    while (now := ask_number(sink, "/received")) != came and time.monotonic() < deadline:
+        came = now
+        time.sleep(0.2)
+    return now
 
 
 def _fetch(visitor: Visitor, path: str, size: int, deadline: float) -> Iterator[int]:
@@ -352,18 +378,13 @@ async def held(target: Target, backend: Target, count: int, *, sockets: bool, li
         except (OSError, Trouble) as error:
             found.why[str(error)] += 1
 
-    def there() -> int:
-        with Visitor(backend) as visitor:
-            visitor.sock.sendall(backend.head("/waiting"))
-            return int(visitor.text(visitor.begin(0.0)[1]).split()[0])
-
     began = time.perf_counter()
     try:
         try:
             async with asyncio.timeout(limit):
                 await asyncio.gather(*(sit() for _ in range(count)))
                 while not sockets:
-                    found.opened = await asyncio.to_thread(there)
+                    found.opened = await asyncio.to_thread(ask_number, backend, "/waiting")
                     if found.opened >= sum(not sitter.over for sitter in sitters):
                         break
                     await asyncio.sleep(0.1)
