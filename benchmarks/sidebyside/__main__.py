@@ -25,7 +25,7 @@ from benchmarks.sidebyside.axes import AXES, Axis
 from benchmarks.sidebyside.bench import Bench, Scale, quick
 from benchmarks.sidebyside.peers import BASELINE, Peer, all_peers, chosen
 from benchmarks.sidebyside.plots import plot
-from benchmarks.sidebyside.processes import ROOT
+from benchmarks.sidebyside.processes import ROOT, stop_all
 from benchmarks.sidebyside.report import Results, machine, read, write
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -128,8 +128,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scale = scale_of(given)
     if min(scale.repeats, scale.seconds, scale.limit, scale.idle) < 1:
         made.error("nothing can be less than 1")
-    signal.signal(signal.SIGTERM, interrupt)
-    allow_files()
     return measure(peers, axes_of(given.only), scale, given, options)
 
 
@@ -190,6 +188,8 @@ def measure(peers: list[Peer], axes: list[Axis], scale: Scale, given: argparse.N
                 write(results, given.out)
         except KeyboardInterrupt:
             bench.say("interrupted: what was measured so far is written")
+        finally:
+            stop_all()
     results.blocks = {name: results.blocks[name] for name in AXES if name in results.blocks}
     write(results, given.out)
     plots(results, given.out)
@@ -218,4 +218,6 @@ def merge(results: Results, directory: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupt)
+    allow_files()
     sys.exit(main())

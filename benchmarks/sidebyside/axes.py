@@ -242,7 +242,7 @@ class Lone(Axis):
     name, title = "lone", "A lone request"
     note = (
         "One request after the other on one connection, nothing else going on; added: what the median is above "
-        "that of the direct way in the same repeat."
+        "that of the direct way, measured right before it."
     )
     views: ClassVar = [View("p50 / p99 ms", ("p50", "p99"), 3), View("added ms", ("added",), 3)]
     needs = ("nginx",)
@@ -257,13 +257,16 @@ class Lone(Axis):
         with bench.origin() as (port, _), bench.placed(block, port, [SMALL]) as places:
             for place in places.values():
                 warm(place, lambda place=place: lone(place.target, *SMALL, 50))  # type: ignore[misc]
-            bench.turns(
-                block, block.cases, list(places), lambda peer, case: lone(places[peer].target, *SMALL, bench.scale.lone)
-            )
-        direct = {sample.repeat: sample.values["p50"] for sample in block.of(DIRECT, "lone") if sample.values}
-        for sample in block.samples:
-            if sample.values and sample.repeat in direct and sample.peer != DIRECT:
-                sample.values["added"] = sample.values["p50"] - direct[sample.repeat]
+
+            def measure(peer: Peer, case: Case) -> Found:
+                direct = lone(Target(port), *SMALL, bench.scale.lone)
+                if peer.name == DIRECT:
+                    return direct
+                found = lone(places[peer].target, *SMALL, bench.scale.lone)
+                found.values["added"] = found.values["p50"] - direct.values["p50"]
+                return found
+
+            bench.turns(block, block.cases, list(places), measure)
 
 
 class Distance(Axis):

@@ -38,7 +38,10 @@ def in_milliseconds(text: str) -> float:
 
 
 def parse_wrk(out: str) -> Found:
-    """wrk's output with --latency: requests_per_s, p50, p99, requests; and its errors."""
+    """wrk's output with --latency: requests_per_s, p50, p99, requests; and its errors.
+
+    Only answers with 2xx and 3xx are requests; wrk's times are those of the others too.
+    """
     rate = re.search(r"^Requests/sec:\s+([\d.]+)", out, re.M)
     count = re.search(r"^\s+(\d+) requests in ", out, re.M)
     times = dict(re.findall(r"^\s+(50|99)%\s+(\S+)", out, re.M))
@@ -50,14 +53,16 @@ def parse_wrk(out: str) -> Found:
     sockets = re.search(r"Socket errors: (.*)", out)
     for kind, number in re.findall(r"(\w+) (\d+)", sockets[1] if sockets else ""):
         errors[kind] += int(number)
+    requests = int(count[1])
+    good = requests - errors["status"]
+    if good < 1:
+        raise Trouble("not one answer" + (f" ({dict(+errors)})" if +errors else ""))
     values = {
-        "requests_per_s": float(rate[1]),
-        "requests": float(count[1]),
+        "requests_per_s": float(rate[1]) * good / requests,
+        "requests": float(good),
         "p50": in_milliseconds(times["50"]),
         "p99": in_milliseconds(times["99"]),
     }
-    if not values["requests"]:
-        raise Trouble("not one answer" + (f" ({errors})" if +errors else ""))
     return Found(values, dict(+errors))
 
 
@@ -70,26 +75,30 @@ def wrk(target: Target, path: str, connections: int, seconds: int) -> Found:
 
 
 def parse_h2load(out: str, log: str) -> Found:
-    """h2load's output and its --log-file: requests_per_s, p50, p99, requests; and its errors."""
+    """h2load's output and its --log-file: requests_per_s, p50, p99, requests; and its errors.
+
+    Only answers with 2xx are requests.
+    """
     rate = re.search(r"^finished in [^,]+, ([\d.]+) req/s", out, re.M)
     counts = re.search(r"^requests: .*", out, re.M)
     if rate is None or counts is None:
         raise Trouble("h2load says nothing of what it did")
-    errors: Counter[str] = Counter()
-    for number, kind in re.findall(r"(\d+) (failed|timeout)", counts[0]):
-        errors[kind] += int(number)
-    times = []
+    times, statuses = [], Counter[str]()
     for line in log.splitlines():
         _, status, microseconds = line.split("\t")
         if status.startswith("2"):
             times.append(int(microseconds) / 1000)
-        elif status != "-1":  # that is counted above
-            errors[f"status {status}"] += 1
+        elif status != "-1":
+            statuses[f"status {status}"] += 1
+    numbers = {kind: int(number) for number, kind in re.findall(r"(\d+) (done|failed)", counts[0])}
+    # h2load counts an answer with another status as failed too, and as done.
+    errors = statuses + Counter({"failed": numbers.get("failed", 0) - statuses.total()})
     if len(times) < 2:
         raise Trouble("not one answer" + (f" ({dict(errors)})" if errors else ""))
     cuts = statistics.quantiles(times, n=100, method="inclusive")
-    values = {"requests_per_s": float(rate[1]), "requests": float(len(times)), "p50": cuts[49], "p99": cuts[98]}
-    return Found(values, dict(+errors))
+    good = float(rate[1]) * len(times) / max(len(times), numbers.get("done", 0))
+    values = {"requests_per_s": good, "requests": float(len(times)), "p50": cuts[49], "p99": cuts[98]}
+    return Found(values, dict(errors))
 
 
 def h2load(target: Target, path: str, clients: int, streams: int, seconds: int) -> Found:

@@ -12,17 +12,19 @@ __all__ = ["plot"]
 
 def plot(results: Results, directory: Path) -> list[Path]:
     """A PNG for each axis that has one; their paths. Raises ImportError without matplotlib."""
+    drawn = {name: results.blocks[name] for name in DRAWN if name in results.blocks}
+    drawn = {name: block for name, block in drawn.items() if any(sample.values for sample in block.samples)}
+    if not drawn:
+        return []
     import matplotlib
 
     matplotlib.use("Agg")
     directory.mkdir(parents=True, exist_ok=True)
     made = []
-    for name, draw in DRAWN.items():
-        block = results.blocks.get(name)
-        if block is not None and any(sample.values for sample in block.samples):
-            figure = draw(results, block)
-            figure.savefig(directory / f"{name}.png", dpi=110)
-            made.append(directory / f"{name}.png")
+    for name, block in drawn.items():
+        figure = DRAWN[name](results, block)
+        figure.savefig(directory / f"{name}.png", dpi=110)
+        made.append(directory / f"{name}.png")
     return made
 
 

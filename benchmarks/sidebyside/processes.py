@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
-__all__ = ["ROOT", "START_LIMIT", "Memory", "Process", "Trouble", "free_port", "run", "tidy"]
+__all__ = ["ROOT", "START_LIMIT", "Memory", "Process", "Trouble", "free_port", "run", "stop_all", "tidy"]
 
 ROOT = Path(__file__).parents[2]
 START_LIMIT = 20.0
@@ -34,6 +34,15 @@ class Memory(NamedTuple):
     "the same with what is shared divided among those who share it (PSS); the same as ``resident`` where it is not told"
 
 
+_running: "set[Process]" = set()
+
+
+def stop_all() -> None:
+    """End what an interruption has left running."""
+    for process in tuple(_running):
+        process.stop()
+
+
 class Process:
     """A running command; what it says goes into a file."""
 
@@ -45,6 +54,7 @@ class Process:
                 list(command), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=log.parent,
                 env=os.environ | dict(env or {}), start_new_session=True,
             )  # fmt: skip
+        _running.add(self)
 
     def __enter__(self) -> Self:
         return self
@@ -129,6 +139,7 @@ class Process:
             with suppress(OSError):
                 if os.getpgid(pid) == self.pid:
                     os.kill(pid, signal.SIGKILL)
+        _running.discard(self)
 
 
 def _kilobytes(text: str, name: str) -> int:
