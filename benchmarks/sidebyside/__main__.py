@@ -184,7 +184,7 @@ def measure(peers: list[Peer], axes: list[Axis], scale: Scale, given: argparse.N
         try:
             for axis in possible:
                 bench.say(f"{axis.name}: about {axis.seconds(scale) * len(there):.0f} s")
-                results.blocks[axis.name] = axis.run(bench)
+                axis.run(bench, results.blocks)
                 write(results, given.out)
         except KeyboardInterrupt:
             bench.say("interrupted: what was measured so far is written")

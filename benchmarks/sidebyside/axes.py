@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import ClassVar
 
-from benchmarks.sidebyside.bench import Bench, Scale, costing, warm
+from benchmarks.sidebyside.bench import Bench, Places, Scale, costing, warm
 from benchmarks.sidebyside.figures import Block, Case, View
 from benchmarks.sidebyside.lines import Line
 from benchmarks.sidebyside.loads import Found, h2load, lone, open_loop, wrk
@@ -50,9 +50,9 @@ class Axis(ABC):
     def measure(self, bench: Bench, block: Block) -> None:
         """Ask it of each peer."""
 
-    def run(self, bench: Bench) -> Block:
-        """The block of samples."""
-        block = Block(self.name, self.title, self.note, self.views)
+    def run(self, bench: Bench, blocks: dict[str, Block]) -> None:
+        """Put the block of samples among the others; when this is interrupted, there are fewer in it."""
+        block = blocks[self.name] = Block(self.name, self.title, self.note, self.views)
         bench.begin(block, self.cases(bench.scale))
         began = time.monotonic()
         try:
@@ -62,8 +62,8 @@ class Axis(ABC):
             for peer in bench.peers:
                 if not any(sample.peer == peer.name for sample in block.samples):
                     block.refuse(peer.name, f"not measured: {error}")
-        block.seconds = round(time.monotonic() - began, 1)
-        return block
+        finally:
+            block.seconds = round(time.monotonic() - began, 1)
 
 
 def size_text(name: str) -> str:
@@ -100,8 +100,8 @@ class Requests(Axis):
         sizes = [size for size, _ in bench.scale.requests]
         with bench.origin() as (port, _):
             with bench.placed(block, port, [(f"/{size}", SIZES[size]) for size in sizes]) as places:
-                for place in places.values():
-                    warm(place, lambda place=place: wrk(place.target, "/100B", 64, 1))  # type: ignore[misc]
+                for peer in places:
+                    warm(places[peer], lambda place: wrk(place.target, "/100B", 64, 1))
 
                 def measure(peer: Peer, case: Case) -> Found:
                     size, _, connections = case.name.partition("-")
@@ -135,8 +135,8 @@ class Http2(Axis):
     def measure(self, bench: Bench, block: Block) -> None:
         with bench.origin() as (port, http2):
             with bench.placed(block, port, [SMALL], http2=http2) as places:
-                for peer, place in places.items():
-                    if place.http2 is None:
+                for peer in places:
+                    if places[peer].http2 is None:
                         block.refuse(peer.name, "cannot: no HTTP/2 from visitors in front of a backend with HTTP/1.1")
 
                 def measure(peer: Peer, case: Case) -> Found:
@@ -228,14 +228,20 @@ class Steady(Axis):
             with bench.origin() if key == "now" else bench.backend() as backend:
                 port = backend[0] if isinstance(backend, tuple) else backend
                 with bench.placed(block, port, [(path, size)], cases=cases) as places:
-                    for place in places.values():
-                        warm(place, lambda place=place, path=path: open_loop(place.target, path, 200, 0.5))  # type: ignore[misc]
+                    self.steady(bench, block, cases, places, path)
 
-                    def measure(peer: Peer, case: Case, path: str = path, places: dict[Peer, Place] = places) -> Found:
-                        rate = int(case.name.partition("-")[2])
-                        return open_loop(places[peer].target, path, rate, bench.scale.seconds)
+    def steady(self, bench: Bench, block: Block, cases: list[Case], places: Places, path: str) -> None:
+        for peer in places:
+            warm(places[peer], lambda place: open_loop(place.target, path, 200, 0.5))
 
-                    bench.turns(block, cases, list(places), measure)
+        def measure(peer: Peer, case: Case) -> Found:
+            rate = int(case.name.partition("-")[2])
+            place = places[peer]
+            found = open_loop(place.target, path, rate, bench.scale.seconds)
+            place.alive()
+            return found
+
+        bench.turns(block, cases, list(places), measure)
 
 
 class Lone(Axis):
@@ -255,8 +261,8 @@ class Lone(Axis):
 
     def measure(self, bench: Bench, block: Block) -> None:
         with bench.origin() as (port, _), bench.placed(block, port, [SMALL]) as places:
-            for place in places.values():
-                warm(place, lambda place=place: lone(place.target, *SMALL, 50))  # type: ignore[misc]
+            for peer in places:
+                warm(places[peer], lambda place: lone(place.target, *SMALL, 50))
 
             def measure(peer: Peer, case: Case) -> Found:
                 direct = lone(Target(port), *SMALL, bench.scale.lone)

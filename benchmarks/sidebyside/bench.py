@@ -2,22 +2,23 @@
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from benchmarks.sidebyside import nginx
-from benchmarks.sidebyside.figures import Block, Case, Sample
+from benchmarks.sidebyside.figures import EVERY, Block, Case, Sample
 from benchmarks.sidebyside.lines import Line
 from benchmarks.sidebyside.loads import Found
 from benchmarks.sidebyside.peers import Peer, Place, Setup
 from benchmarks.sidebyside.processes import ROOT, Process, Trouble, tidy
 from benchmarks.sidebyside.visitors import answered
 
-__all__ = ["Bench", "Scale", "quick"]
+__all__ = ["Bench", "Places", "Scale", "costing", "quick", "warm"]
 
 TWICE = 2
 "failures of a peer in a case after which it is left alone"
@@ -68,6 +69,43 @@ def quick(scale: Scale) -> Scale:
         bulk=("100MB",), rates=(1000,), lone=200, round_trips=(0, 50), losses=(2,), idle=500, idle_repeats=1,
         idle_seconds=0.5, idle_limit=20.0,
     )  # fmt: skip
+
+
+class Places:
+    """Peers that run for the time of a ``with`` block; one that has ended is started again when it is wanted."""
+
+    def __init__(self, bench: "Bench", backend: int, checks: Sequence[tuple[str, int]], http2: int) -> None:
+        self._bench, self._backend, self._checks, self._http2 = bench, backend, checks, http2
+        self._stacks: dict[Peer, ExitStack] = {}
+        self._places: dict[Peer, Place] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        with ExitStack() as all_of_them:
+            for stack in self._stacks.values():
+                all_of_them.push(stack)
+
+    def __iter__(self) -> Iterator[Peer]:
+        return iter(self._places)
+
+    def __getitem__(self, peer: Peer) -> Place:
+        """Raises Trouble or OSError when it has to be started again and is not ready."""
+        place = self._places[peer]
+        return place if all(process.running for process in place.processes) else self.start(peer)
+
+    def start(self, peer: Peer) -> Place:
+        """Start it; ready when all the checks are answered. Raises Trouble or OSError."""
+        stack = self._stacks.setdefault(peer, ExitStack())
+        stack.close()
+        path, size = self._checks[0]
+        setup = self._bench.setup(self._backend, http2=self._http2)
+        place = stack.enter_context(peer.placed(setup, path, size))
+        for path, size in self._checks[1:]:
+            answered(place.target, path, size, *place.processes)
+        self._places[peer] = place
+        return place
 
 
 @dataclass
@@ -132,25 +170,19 @@ class Bench:
         *,
         http2: int = 0,
         cases: Sequence[Case] = (),
-    ) -> Iterator[dict[Peer, Place]]:
+    ) -> Iterator[Places]:
         """All peers before one backend, each having answered all of ``checks`` (path and size).
 
         Those that do not come so far are refused, for these cases or for all.
         """
-        with ExitStack() as stack:
-            places = {}
+        with Places(self, backend, checks, http2) as places:
             for peer in self.peers:
                 try:
-                    path, size = checks[0]
-                    place = stack.enter_context(peer.placed(self.setup(backend, http2=http2), path, size))
-                    for path, size in checks[1:]:
-                        answered(place.target, path, size, *place.processes)
+                    places.start(peer)
                 except (OSError, Trouble) as error:
-                    for case in [case.name for case in cases] or ["*"]:
+                    for case in [case.name for case in cases] or [EVERY]:
                         block.refuse(peer.name, f"did not start: {tidy(str(error))}", case)
                     self.say(f"  {peer.name} did not start: {error}")
-                    continue
-                places[peer] = place
             yield places
 
     # Turns
@@ -200,9 +232,7 @@ def costing(place: Place, work: Callable[[], Found]) -> Found:
     return found
 
 
-def warm(place: Place, work: Callable[[], object]) -> None:
+def warm(place: Place, work: Callable[[Place], object]) -> None:
     """Do something once before it is measured; what goes wrong will show again."""
-    try:
-        work()
-    except (OSError, Trouble):
-        time.sleep(0.1)
+    with suppress(OSError, Trouble):
+        work(place)

@@ -14,11 +14,11 @@ import pytest
 from benchmarks.sidebyside import nginx
 from benchmarks.sidebyside.__main__ import main, shown
 from benchmarks.sidebyside.axes import AXES
-from benchmarks.sidebyside.bench import Bench, Scale, quick
+from benchmarks.sidebyside.bench import Bench, Places, Scale, quick
 from benchmarks.sidebyside.figures import Block, Case, Sample, View, ratios, spread
 from benchmarks.sidebyside.lines import Line, Lines
 from benchmarks.sidebyside.loads import Found, in_milliseconds, parse_h2load, parse_open_loop, parse_wrk
-from benchmarks.sidebyside.peers import Bore, Chisel, Frp, Piko, Quictunnel, Rathole, chosen
+from benchmarks.sidebyside.peers import Bore, Chisel, Frp, Peer, Piko, Place, Quictunnel, Rathole, chosen
 from benchmarks.sidebyside.processes import ROOT, Process, Trouble, tidy
 from benchmarks.sidebyside.report import Results, as_markdown, read, write
 from benchmarks.sidebyside.visitors import Target, Visitor, answered, held, parse_head, transfer
@@ -198,8 +198,46 @@ def test_a_peer_that_does_not_start_is_named_with_its_reason(tmp_path: Path, mon
     block = Block("a", "A", "", [])
     bench.begin(block, [Case("c", "g", "l")])
     with bench.placed(block, 1, [("/", 100)]) as places:
-        assert places == {}
+        assert not list(places)
     assert block.reason("bore", "c") == "did not start: bore ended with status 3: it is Monday"
+
+
+class Sleeper(Peer):
+    """A peer that does nothing but be there: its visitors go to the backend."""
+
+    name, label, about = "sleeper", "sleeper", ""
+    has_client = False
+
+    def serve(self, place: Place) -> None:
+        place.server = place.start("server", (sys.executable, "-ISc", "import time; time.sleep(60)"))
+
+
+def test_a_peer_that_has_ended_is_started_again_when_it_is_wanted(tmp_path: Path, backend: Target) -> None:
+    peer = Sleeper()
+    with Places(Says([peer], Scale(), tmp_path), backend.port, [("/", 100)], 0) as places:
+        first = places.start(peer).server
+        assert first is not None
+        assert places[peer].server is first
+        first.stop()
+        second = places[peer].server
+        assert second is not None
+        assert second.running
+    assert not second.running
+
+
+def test_an_interrupted_axis_keeps_its_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = bench_of("bore", tmp_path)
+    axis = AXES["start"]
+
+    def interrupted(bench: Bench, block: Block) -> None:
+        block.samples += samples("bore", 5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(axis, "measure", interrupted)
+    blocks: dict[str, Block] = {}
+    with pytest.raises(KeyboardInterrupt):
+        axis.run(bench, blocks)
+    assert len(blocks["start"].samples) == 1
 
 
 # The report
