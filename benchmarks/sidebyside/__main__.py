@@ -25,7 +25,7 @@ from benchmarks.sidebyside.axes import AXES, Axis
 from benchmarks.sidebyside.bench import Bench, Scale, quick
 from benchmarks.sidebyside.peers import BASELINE, Peer, all_peers, chosen
 from benchmarks.sidebyside.plots import plot
-from benchmarks.sidebyside.processes import ROOT, stop_all
+from benchmarks.sidebyside.processes import ROOT, none_left
 from benchmarks.sidebyside.report import Results, machine, read, write
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -177,7 +177,7 @@ def measure(peers: list[Peer], axes: list[Axis], scale: Scale, given: argparse.N
             possible.append(axis)
     minutes = sum(axis.seconds(scale) for axis in possible) * len(there) / 60
     print(f"{len(possible)} axes, {len(there)} peers: about {minutes:.0f} minutes", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(prefix="sidebyside-") as name:
+    with tempfile.TemporaryDirectory(prefix="sidebyside-") as name, none_left():
         directory = Path(name)
         directory.chmod(0o755)  # nginx's worker is somebody else
         bench = Bench(there, scale, directory, missing)
@@ -188,8 +188,6 @@ def measure(peers: list[Peer], axes: list[Axis], scale: Scale, given: argparse.N
                 write(results, given.out)
         except KeyboardInterrupt:
             bench.say("interrupted: what was measured so far is written")
-        finally:
-            stop_all()
     results.blocks = {name: results.blocks[name] for name in AXES if name in results.blocks}
     write(results, given.out)
     plots(results, given.out)

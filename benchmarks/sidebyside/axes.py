@@ -1,6 +1,7 @@
 """The axes: what is asked of the peers, and how. Each stands for itself and can be run alone."""
 
 import asyncio
+import resource
 import statistics
 import threading
 import time
@@ -395,13 +396,19 @@ def downloading(target: Target, size: str = "1GB") -> Iterator[list[int]]:
         thread.join(10.0)
 
 
+def room(count: int) -> int:
+    """As many visitors as ask, or as a process here has room for: one between visitors and backend has two files each."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return count if files == resource.RLIM_INFINITY else max(1, min(count, (files - 200) // 2))
+
+
 class Idle(Axis):
     name, title = "idle", "Many that wait"
     note = (
         "WebSockets on which nothing is said, and requests that are not answered yet, all on one client; options "
-        "that limit how many there may be are raised. Memory: what server and client have grown by for each "
-        "(resident). At the end each WebSocket sends a message and waits for its echo, and each request is "
-        "answered: stayed is how many of them came through that."
+        "that limit how many there may be, and for how long, are raised. Memory: what server and client have grown "
+        "by for each (resident). At the end each WebSocket sends a message and waits for its echo, and each request "
+        "is answered: stayed is how many of them came through that."
     )
     views: ClassVar = [
         View("kB each, server", ("server_kb",), 1),
@@ -414,7 +421,8 @@ class Idle(Axis):
     ]
 
     def cases(self, scale: Scale) -> list[Case]:
-        return [Case("sockets", f"{scale.idle:,} WebSockets", ""), Case("polls", f"{scale.idle:,} long polls", "")]
+        count = room(scale.idle)
+        return [Case("sockets", f"{count:,} WebSockets", ""), Case("polls", f"{count:,} long polls", "")]
 
     def seconds(self, scale: Scale) -> float:
         return 2 * scale.idle_repeats * (scale.idle_seconds + 4 + scale.idle * 0.002)
@@ -429,19 +437,20 @@ class Idle(Axis):
     def once(self, bench: Bench, peer: Peer, case: Case) -> Found:
         scale = bench.scale
         with bench.backend() as port:
-            with peer.placed(bench.setup(port, connections=scale.idle), "/", 100) as place:
+            with peer.placed(bench.setup(port, connections=room(scale.idle)), "/", 100) as place:
                 return asyncio.run(self.hold(scale, place, Target(port), sockets=case.name == "sockets"))
 
     async def hold(self, scale: Scale, place: Place, backend: Target, *, sockets: bool) -> Found:
         await asyncio.sleep(QUIET)
         before = memories(place)
-        async with held(place.target, backend, scale.idle, sockets=sockets, limit=scale.idle_limit) as found:
+        async with held(place.target, backend, room(scale.idle), sockets=sockets, limit=scale.idle_limit) as found:
             await asyncio.sleep(scale.idle_seconds)
             after = memories(place)
         values = {"opened": float(found.opened), "stayed": float(found.survived), "seconds": found.seconds}
         for side, memory in after.items():
             values[f"{side}_mb"] = memory.resident
-            values[f"{side}_kb"] = 1000 * (memory.resident - before[side].resident) / max(1, found.opened)
+            if found.opened:
+                values[f"{side}_kb"] = 1000 * (memory.resident - before[side].resident) / found.opened
         place.alive()
         return Found(values, dict(found.why))
 

@@ -240,7 +240,8 @@ class Quictunnel(Peer):
 
     def connect_command(self, directory: Path, dial: int, backend: int, connections: int) -> list[str]:
         """What starts the client; a link has room for about 100 streams."""
-        room = ("--max-links", str(connections // 80)) if connections else ()
+        links = str(max(16, connections // 80))
+        room = ("--max-links", links, "--backend-head-time", "1h") if connections else ()
         return self.command(
             "connect", str(backend), "--tunnel", "bench", "--server", f"127.0.0.1:{dial}",
             "--state-dir", str(directory / "state"), "--log-file", str(directory / "connect.log"),

@@ -6,13 +6,13 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
-__all__ = ["ROOT", "START_LIMIT", "Memory", "Process", "Trouble", "free_port", "run", "stop_all", "tidy"]
+__all__ = ["ROOT", "START_LIMIT", "Memory", "Process", "Trouble", "free_port", "none_left", "run", "tidy"]
 
 ROOT = Path(__file__).parents[2]
 START_LIMIT = 20.0
@@ -37,10 +37,15 @@ class Memory(NamedTuple):
 _running: "set[Process]" = set()
 
 
-def stop_all() -> None:
-    """End what an interruption has left running."""
-    for process in tuple(_running):
-        process.stop()
+@contextmanager
+def none_left() -> Iterator[None]:
+    """End what was started within the ``with`` block and runs when it ends: an interruption may have left it so."""
+    before = set(_running)
+    try:
+        yield
+    finally:
+        for process in _running - before:
+            process.stop()
 
 
 class Process:
@@ -90,7 +95,8 @@ class Process:
 
     def _last_words(self) -> str:
         lines = self.log.read_text(errors="replace").strip().splitlines()
-        return f": {tidy(lines[-1])}" if lines else ""
+        telling = [line for line in lines if re.search("error|emerg|fatal|panic", line, re.I)] or lines
+        return f": {tidy(telling[-1])}" if lines else ""
 
     def tree(self) -> list[int]:
         """Its process id and those of all its descendants that live."""

@@ -335,6 +335,7 @@ async def held(target: Target, backend: Target, count: int, *, sockets: bool, li
     """
     loop = asyncio.get_running_loop()
     found = Held(count)
+    dialled: list[_Sitter] = []
     sitters: list[_Sitter] = []
     turn = asyncio.Semaphore(OPENING)
     key = base64.b64encode(bytes(16)).decode()
@@ -342,10 +343,9 @@ async def held(target: Target, backend: Target, count: int, *, sockets: bool, li
 
     async def sit() -> None:
         async with turn:
-            sitter: _Sitter | None = None
             try:
                 _, sitter = await loop.create_connection(_Sitter, "127.0.0.1", target.port)
-                sitters.append(sitter)
+                dialled.append(sitter)
                 if sockets:
                     sitter.transport.write(target.head("/socket", "GET", *upgrade))
                     status, _ = await sitter.head()
@@ -354,11 +354,9 @@ async def held(target: Target, backend: Target, count: int, *, sockets: bool, li
                     found.opened += 1
                 else:
                     sitter.transport.write(target.head("/poll"))
+                sitters.append(sitter)
             except (OSError, Trouble) as error:
                 found.why[str(error)] += 1
-                if sitter is not None:
-                    sitters.remove(sitter)
-                    sitter.transport.abort()
 
     async def end(sitter: _Sitter) -> None:
         try:
@@ -385,11 +383,14 @@ async def held(target: Target, backend: Target, count: int, *, sockets: bool, li
                 await asyncio.gather(*(sit() for _ in range(count)))
                 while not sockets:
                     found.opened = await asyncio.to_thread(ask_number, backend, "/waiting")
-                    if found.opened >= sum(not sitter.over for sitter in sitters):
+                    if found.opened >= sum(not sitter.over and not sitter.data for sitter in sitters):
                         break
                     await asyncio.sleep(0.1)
         except TimeoutError:
-            found.why[f"not open within {limit:g} s"] += count - found.opened
+            # Of those that ask for /poll, what became of them is told at the end.
+            late = count - found.why.total() - (found.opened if sockets else len(sitters))
+            found.why[f"not open within {limit:g} s"] += late
+            found.why = +found.why
         found.seconds = time.perf_counter() - began
         yield found
         if not sockets:
@@ -398,13 +399,13 @@ async def held(target: Target, backend: Target, count: int, *, sockets: bool, li
                 await asyncio.to_thread(visitor.begin, 0.0)
         ending = [loop.create_task(end(sitter)) for sitter in sitters]
         if ending:
-            _, late = await asyncio.wait(ending, timeout=limit)
-            if late:
-                found.why[f"no answer at the end within {limit:g} s"] += len(late)
-            for task in late:
+            _, unanswered = await asyncio.wait(ending, timeout=limit)
+            if unanswered:
+                found.why[f"no answer at the end within {limit:g} s"] += len(unanswered)
+            for task in unanswered:
                 task.cancel()
             await asyncio.gather(*ending, return_exceptions=True)
     finally:
-        for sitter in sitters:
+        for sitter in dialled:
             sitter.transport.abort()
         await asyncio.sleep(0)

@@ -19,7 +19,7 @@ from benchmarks.sidebyside.figures import Block, Case, Sample, View, ratios, spr
 from benchmarks.sidebyside.lines import Line, Lines
 from benchmarks.sidebyside.loads import Found, in_milliseconds, parse_h2load, parse_open_loop, parse_wrk
 from benchmarks.sidebyside.peers import Bore, Chisel, Frp, Peer, Piko, Place, Quictunnel, Rathole, chosen
-from benchmarks.sidebyside.processes import ROOT, Process, Trouble, tidy
+from benchmarks.sidebyside.processes import ROOT, Process, Trouble, none_left, tidy
 from benchmarks.sidebyside.report import Results, as_markdown, read, write
 from benchmarks.sidebyside.visitors import Target, Visitor, answered, held, parse_head, transfer
 from tests.support.processes import poll
@@ -223,6 +223,15 @@ def test_a_peer_that_has_ended_is_started_again_when_it_is_wanted(tmp_path: Path
         assert second is not None
         assert second.running
     assert not second.running
+
+
+def test_what_an_interruption_leaves_running_is_ended(tmp_path: Path) -> None:
+    with Process((sys.executable, "-ISc", "import time; time.sleep(60)"), tmp_path / "other") as other:
+        with pytest.raises(KeyboardInterrupt), none_left():
+            left = Process((sys.executable, "-ISc", "import time; time.sleep(60)"), tmp_path / "left")
+            raise KeyboardInterrupt
+        assert not left.running
+        assert other.running
 
 
 def test_an_interrupted_axis_keeps_its_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
