@@ -257,6 +257,9 @@ async def held(figure: str, engine: str, count: int, seconds: float) -> AsyncIte
                     await ask(server.http, "/release")
                 answered = await crowd.all_answered()
                 answering, after = time.monotonic() - began, seen()
+                if answered < count:
+                    for name in ("serve.log", "connect.log"):
+                        tell_troubles(directory / name)
                 crowd.leave()
                 await backend.reached(kind, 0)
                 pair = lambda one, other, scale: " / ".join(  # noqa: E731
@@ -275,6 +278,14 @@ async def held(figure: str, engine: str, count: int, seconds: float) -> AsyncIte
                     "all answered s": f"{answering:.1f}",
                     "small p50 / p99 ms": f"{small[100]:.1f} / {small[197]:.1f}",
                 }
+
+
+def tell_troubles(log: Path) -> None:
+    """What a log says of why not all were answered."""
+    lines = [line for line in log.read_text().splitlines() if " WARNING " in line or " ERROR " in line]
+    for line in lines[:5]:
+        print(f"{log.name}: {line[:300]}", file=sys.stderr)
+    print(f"{log.name}: {len(lines)} warnings and errors", file=sys.stderr)
 
 
 async def stay_open(figure: str, engine: str, arguments: argparse.Namespace) -> None:
