@@ -205,7 +205,8 @@ async def measured(engine: str, ends: Ends, arguments: argparse.Namespace, reque
     visitors = await crowd(ends.address, arguments.count, arguments.rate, request)
     await asyncio.sleep(2 * SETTLE)
     during = {name: Memory.of(pid) for name, pid in ends.each()}
-    wrong = [visitor.answer or b"closed" for visitor in visitors if visitor.answer or visitor.lost]
+    waits = request is WAITING
+    wrong = [visitor.answer or b"closed" for visitor in visitors if bool(visitor.answer) is waits or visitor.lost]
     for visitor in visitors:
         visitor.transport.close()
     await asyncio.sleep(2 * SETTLE)
@@ -213,7 +214,7 @@ async def measured(engine: str, ends: Ends, arguments: argparse.Namespace, reque
         each = 1024 * (during[name].resident - before[name].resident) / arguments.count
         row(engine, name, arguments.count, before[name].resident, during[name].resident, each, Memory.of(pid).resident)
     if wrong:
-        print(f"{len(wrong)} of them did not wait, the first with {wrong[0][:200]!r}")
+        print(f"{len(wrong)} of them did not do as they should, the first with {wrong[0][:200]!r}")
 
 
 WAITING = b"GET /waits HTTP/1.1\r\nHost: app.localhost\r\nUser-Agent: benchmark/1\r\nAccept: */*\r\n\r\n"
