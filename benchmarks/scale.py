@@ -29,8 +29,8 @@ from typing import Any, NamedTuple
 
 from loguru import logger
 
-from quictunnel.app.process import calm_collector
 from quictunnel.app.loop import loop_factory
+from quictunnel.app.process import calm_collector
 from quictunnel.http.visitor import VisitorLimits
 from quictunnel.http.visitor_connection import VisitorConnection
 from quictunnel.server.registry import RegistryLimits

@@ -397,7 +397,7 @@ def downloading(target: Target, size: str = "1GB") -> Iterator[list[int]]:
 
 
 def room(count: int) -> int:
-    """As many visitors as ask, or as a process here has room for: one between visitors and backend has two files each."""
+    """As many visitors as ask, or as a process has room for: one between them and a backend has two files each."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     return count if files == resource.RLIM_INFINITY else max(1, min(count, (files - 200) // 2))
 
