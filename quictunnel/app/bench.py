@@ -25,10 +25,10 @@ from quictunnel.bench.measure import ANSWER_TIME, Loop, Marks, Place, ask, close
 from quictunnel.bench.meter import Meter, Reading, Work, cores, work
 from quictunnel.bench.report import Run, as_json, as_text
 from quictunnel.bench.verdict import Bulk, Rates
+from quictunnel.failures import CommandError, reason
 from quictunnel.load.plan import parse_target
 from quictunnel.load.run import resolve
 from quictunnel.log import escape
-from quictunnel.options import CommandError, reason
 from quictunnel.quic.engine import select_engine
 from quictunnel.settings import BenchSettings
 from quictunnel.trust.join import JoinString

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from quictunnel import log
-from quictunnel.app.loop import loop_factory
+from quictunnel.app.beside import beside
 from quictunnel.app.process import say
-from quictunnel.options import CommandError, reason
+from quictunnel.app.running import run
+from quictunnel.failures import CommandError, UsageError, reason
 from quictunnel.trust.files import TrustError
 
 __all__ = ["Converse", "Facts", "main"]
@@ -42,15 +43,24 @@ def main(name: str) -> int:
         return 1  # whoever started it is gone already
     take_down = log.set_up("info", "text", Path(told["log"]))
     try:
-        with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            return runner.run(role(told, _converse))
-    except (CommandError, TrustError, ValueError) as error:
+        if name in ("server", "client"):
+            told["settings"] = beside(lambda: _plain_settings(name, told["settings"]))()
+        return run(role(told, _converse))
+    except (CommandError, UsageError, TrustError, ValueError) as error:
         say(json.dumps({"failed": str(error)}))
     except OSError as error:
         say(json.dumps({"failed": reason(error)}))
     finally:
         take_down()
     return 1
+
+
+def _plain_settings(name: str, given: Facts) -> Any:
+    """Options as ``serve`` and ``connect`` have them. What reads them is loaded beside this process, as for those."""
+    from quictunnel.options import load_settings, plain
+    from quictunnel.settings import ConnectSettings, ServeSettings
+
+    return plain(load_settings(ServeSettings if name == "server" else ConnectSettings, given))
 
 
 def _role(name: str) -> Callable[[Facts, Converse], Coroutine[Any, Any, int]]:
@@ -63,11 +73,9 @@ def _role(name: str) -> Callable[[Facts, Converse], Coroutine[Any, Any, int]]:
             from quictunnel.app.serve import serve
 
             async def server(told: Facts, converse: Converse) -> int:
-                from quictunnel.settings import ServeSettings
-
                 conversation = asyncio.get_running_loop().create_task(converse(lambda line: {}))  # ended here
                 try:
-                    return await serve(ServeSettings(**told["settings"]))
+                    return await serve(told["settings"])
                 finally:
                     conversation.cancel()
 

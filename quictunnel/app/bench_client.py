@@ -12,9 +12,8 @@ from quictunnel.app.process import calm_collector, choose_engine, raise_file_lim
 from quictunnel.client.agent import Agent, FinalRefusal
 from quictunnel.client.choose import open_backend
 from quictunnel.client.fan_out import FanOut
-from quictunnel.options import CommandError
+from quictunnel.failures import CommandError
 from quictunnel.quic.stream import StreamLeg
-from quictunnel.settings import ConnectSettings
 from quictunnel.wire.credit import WindowBudget
 from quictunnel.wire.errors import ErrorCode, TunnelError
 from quictunnel.wire.frames import PROBE, RequestHead
@@ -53,7 +52,7 @@ async def client(told: "Facts", converse: "Converse") -> int:
 
     It accepts nothing before the line ``open`` comes. Raises CommandError, TrustError, ValueError and OSError.
     """
-    settings = ConnectSettings(**told["settings"])
+    settings = told["settings"]
     raise_file_limit()
     engine = choose_engine(settings.engine)
     config = agent_config(settings)
