@@ -20,9 +20,11 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import re
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -286,6 +288,7 @@ def tell_troubles(log: Path) -> None:
     for line in lines[:5]:
         print(f"{log.name}: {line[:300]}", file=sys.stderr)
     print(f"{log.name}: {len(lines)} warnings and errors", file=sys.stderr)
+    print(f"{log.name}: {Counter(re.findall(r'error=[a-z_]+', log.read_text()))}", file=sys.stderr)
 
 
 async def stay_open(figure: str, engine: str, arguments: argparse.Namespace) -> None:
