@@ -48,6 +48,9 @@ STALL_TIME: Final = 300.0
 # A link asks for the round trip this often while credit is granted on it, in seconds.
 _PROBE_EVERY: Final = 1.0
 
+_LEAST_FOR: Final = 10.0
+"seconds, once or twice, in which a round trip is the least"
+
 # So many small frames fill a packet. Waiting for more in a long turn saves nothing, and keeps the other end idle until
 # all are there: both ends would take turns instead of working side by side.
 _BURST: Final = 8
@@ -187,6 +190,9 @@ class Link:
         # How the last ones began, at a server's end: proof of what is said to be refused.
         self._beginnings: deque[bytes] = deque(maxlen=0 if is_client else _REMEMBERED)
         self.round_trip: float | None = None
+        self.least_round_trip: float | None = None  # of late: what waits in our own queues is not in it
+        self._least = self._least_before = inf
+        self._least_until = 0.0
         self._pings: dict[int, float] = {}
         self._ping_count = 0
         self._pinged_at = 0.0
@@ -659,6 +665,11 @@ class Link:
             sample = self._loop.time() - then
             # RFC 9002 section 5.3's weight, on samples that are far apart.
             self.round_trip = sample if self.round_trip is None else 0.75 * self.round_trip + 0.25 * sample
+            if self._loop.time() > self._least_until:
+                self._least_before, self._least = self._least, sample
+                self._least_until = self._loop.time() + _LEAST_FOR
+            self._least = min(self._least, sample)
+            self.least_round_trip = min(self._least, self._least_before)
 
     # The size of datagrams
 

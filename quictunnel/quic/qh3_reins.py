@@ -65,6 +65,7 @@ class ReinedConnection(QuicConnection):
         self._ends: set[int] = set()  # those of them whose last bytes are there
         self._left: int | None = None  # of the room there was when it was last looked, since the last packets left
         self._held = 0  # bytes of a datagram, until it is known what the path carries; 0 when it is
+        self._begun_anew = False
         self._now = 0.0
         self._early: list[tuple[bytes, Any]] = []  # the handshake's datagrams
         self._probes: list[int] = []
@@ -127,7 +128,7 @@ class ReinedConnection(QuicConnection):
         except RuntimeError as error:
             # What waits first is larger than may be sent to an address that is not proved yet, three times what came
             # from there. More is about to come.
-            if _NO_ROOM in str(error):
+            if self._handshake_complete and _NO_ROOM in str(error):
                 return datagrams
             raise _broken(error) from error
 
@@ -215,13 +216,17 @@ class ReinedConnection(QuicConnection):
         self._now = now
         super().handle_timer(now)
         core = self._core
-        if self._held and not self._handshake_complete and core is not None and core.pto_total:
-            # Its packets are of 1280 bytes when they may be, and there are paths (IPv6's narrowest) that carry 1232.
-            self._configuration.max_datagram_size = BASE
-            if self._is_client and not core.received_authenticated_packet:
-                self._begin_anew(now)
-            else:
-                self.use_datagram_size(BASE)
+        if not self._held or self._handshake_complete or core is None or not core.pto_total:
+            return
+        # A busy machine, or packets of 1280 bytes on a path that carries less: they have as many where they may, and
+        # IPv6's narrowest path carries 1232.
+        if self._is_client and not core.received_authenticated_packet:
+            if self._begun_anew:
+                self._configuration.max_datagram_size = BASE
+                self._held = 0
+            self._begin_anew(now)
+        elif core.pto_total > 1:
+            self.use_datagram_size(BASE)
 
     def _begin_anew(self, now: float) -> None:
         """Forget the handshake that nobody has answered: to repeat it in smaller pieces is beyond qh3."""
@@ -231,7 +236,8 @@ class ReinedConnection(QuicConnection):
         self._retry_source_connection_id = None
         self._retry_count = 0
         self._transport_parameters_applied = False
-        self._held = 0
+        self._begun_anew = True
+        self._early.clear()
         self._core = None
         self._tls = None
         self._create_core(self._remote_addr, self._original_destination_connection_id, now)

@@ -288,7 +288,7 @@ class StreamLeg(Leg):
         credit, link = self._receive_credit, self.link
         if credit is None or link is None or self._paused or not self.may_receive:
             return
-        limit = credit.grant(link.heard_at, link.round_trip)
+        limit = credit.grant(link.heard_at, link.least_round_trip)
         if limit is not None:
             link.grant(self, limit)
 

@@ -59,6 +59,23 @@ def test_a_window_doubles_while_half_of_it_goes_in_less_than_two_round_trips() -
     assert budget.left == budget.total
 
 
+@pytest.mark.parametrize(
+    ("rate", "round_trip", "window"),
+    [(1e6, 0.02, INITIAL_WINDOW), (10e6, 0.02, 1 << 20), (60e6, 0.1, MAXIMUM_WINDOW), (100e6, 0.0003, 1 << 20)],
+)
+def test_a_window_grows_to_some_times_what_the_path_holds(rate: float, round_trip: float, window: int) -> None:
+    """In bytes a second and seconds: one that was larger would only make the queues on the way longer."""
+    credit = ReceiveCredit(WindowBudget(MAXIMUM_WINDOW))
+    now = 0.0
+    for _ in range(50):
+        half = credit.window // 2
+        now += half / rate
+        credit.receive(min(half + 1, credit.limit - credit.received))
+        credit.grant(now, round_trip)
+    assert credit.window == window
+    assert window >= min(2 * rate * round_trip, MAXIMUM_WINDOW)
+
+
 @pytest.mark.parametrize("round_trip", [None, 0.01])
 def test_a_window_stays_where_the_path_is_slow_or_not_known(round_trip: float | None) -> None:
     credit = ReceiveCredit(WindowBudget(MAXIMUM_WINDOW))
