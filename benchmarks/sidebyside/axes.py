@@ -397,7 +397,7 @@ def downloading(target: Target, size: str = "1GB") -> Iterator[list[int]]:
 
 
 def room(count: int) -> int:
-    """As many visitors as are asked for and a process has room for: between visitors and backend each takes two files."""
+    """As many visitors as asked for, or as a process has room for: between visitors and backend each has two files."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     return count if files == resource.RLIM_INFINITY else max(1, min(count, (files - 200) // 2))
 
