@@ -61,6 +61,7 @@ fuzz: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
 bench: $(VENV)/.installed-bench
+	@$(MAKE) --quiet $(COMPILED)/.made || echo 'quictunnel cannot be compiled here: it is measured as plain Python'
 	@$(BIN)/python -m benchmarks.sidebyside $(ARGS)
 
 format: $(VENV)/.installed-dev

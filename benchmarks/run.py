@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.sidebyside.bench import Bench, Scale
-from benchmarks.sidebyside.peers import Quictunnel
+from benchmarks.sidebyside.peers import COMPILED, Quictunnel
 
 
 def main() -> int:
@@ -21,7 +21,7 @@ def main() -> int:
     parser.add_argument("--stages", default="20,50,100,200,500,1000")
     parser.add_argument("--duration", type=float, default=30)
     arguments = parser.parse_args()
-    peer = Quictunnel(arguments.engine)
+    peer = Quictunnel(arguments.engine, plain=not COMPILED.is_dir())
     with tempfile.TemporaryDirectory() as name:
         bench = Bench([peer], Scale(), Path(name))
         with bench.backend(35) as port, peer.placed(bench.setup(port), "/", 100) as place:

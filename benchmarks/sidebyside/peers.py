@@ -21,12 +21,13 @@ from typing import Self
 
 from benchmarks.sidebyside import nginx
 from benchmarks.sidebyside.lines import Line, Lines
-from benchmarks.sidebyside.processes import START_LIMIT, Process, Trouble, free_port, run
+from benchmarks.sidebyside.processes import ROOT, START_LIMIT, Process, Trouble, free_port, run
 from benchmarks.sidebyside.visitors import Target, answered
 
-__all__ = ["BASELINE", "DIRECT", "Peer", "Place", "Setup", "all_peers", "chosen"]
+__all__ = ["BASELINE", "COMPILED", "DIRECT", "Peer", "Place", "Setup", "all_peers", "chosen"]
 
 DIRECT, BASELINE = "direct", "nginx"
+COMPILED = ROOT / "build" / "compiled"
 
 
 @dataclass
@@ -202,33 +203,39 @@ class Nginx(Peer):
 
 
 class Quictunnel(Peer):
-    """One engine, so many server processes (--workers) and client processes (--processes)."""
+    """One engine, so many server processes (--workers) and client processes (--processes).
+
+    Compiled, as an installation is, if `make bench` could compile it; ``plain`` is the source as it stands.
+    """
 
     ready_line = "^ready "
     datagrams = True
 
-    def __init__(self, engine: str, workers: int = 1, processes: int = 1) -> None:
-        self.engine, self.workers, self.processes = engine, workers, processes
+    def __init__(self, engine: str, workers: int = 1, processes: int = 1, *, plain: bool = False) -> None:
+        self.engine, self.workers, self.processes, self.plain = engine, workers, processes, plain
         many = f"-{workers}+{processes}" if processes > 1 else f"-{workers}" if workers > 1 else ""
-        self.name = f"quictunnel-{engine}{many}"
+        self.name = f"quictunnel-{engine}{many}{'-plain' if plain else ''}"
         self.label = f"quictunnel {engine}"
         if many:
             self.label += f", {workers} workers" + (f" + {processes} processes" if processes > 1 else "")
+        if plain:
+            self.label += ", not compiled"
         self.about = "QUIC (TLS 1.3); reads HTTP/1.1 and 2; INFO log into a file"
 
     def lacks(self) -> str:
-        return (
-            ""
-            if importlib.util.find_spec(self.engine)
-            else f"{self.engine} is not installed (pip install {self.engine})"
-        )
+        if not importlib.util.find_spec(self.engine):
+            return f"{self.engine} is not installed (pip install {self.engine})"
+        if not self.plain and not COMPILED.is_dir():
+            return "it could not be compiled (make build/compiled/.made says why)"
+        return ""
 
     def version(self) -> str:
         versions = {name: importlib.metadata.version(name) for name in ("quictunnel", self.engine)}
         return f"{versions['quictunnel']}, {self.engine} {versions[self.engine]}"
 
     def command(self, name: str, *args: str) -> list[str]:
-        return [sys.executable, "-m", "quictunnel", name, *args, "--engine", self.engine]
+        where = () if self.plain else ("env", f"PYTHONPATH={COMPILED}")
+        return [*where, sys.executable, "-m", "quictunnel", name, *args, "--engine", self.engine]
 
     def serve_command(self, directory: Path, connections: int) -> list[str]:
         """What starts the server."""
@@ -468,23 +475,28 @@ def loopback() -> str:
 
 def all_peers() -> list[Peer]:
     """Those that a run takes if nothing else is said, in the order of the tables."""
-    engines = [Quictunnel(engine, workers) for engine in ("aioquic", "qh3") for workers in (1, 2)]
+    engines = [
+        Quictunnel(engine, workers, plain=plain)
+        for engine in ("aioquic", "qh3")
+        for workers, plain in ((1, False), (2, False), (1, True))
+    ]
     return [Direct(), Nginx(), *engines, Frp("tcp"), Frp("quic"), Rathole(), Bore(), Chisel(), Piko()]
 
 
 def chosen(names: str) -> list[Peer]:
     """The peers of a list such as ``nginx,quictunnel-qh3,frp``: whole names, or what several begin with.
 
-    ``quictunnel-ENGINE-W+P`` has W server and P client processes. Raises ValueError for what is none.
+    ``quictunnel-ENGINE-W+P`` has W server and P client processes, ``…-plain`` is not compiled. Raises ValueError for
+    what is none.
     """
     found: dict[str, Peer] = {}
     for name in names.split(","):
         name = name.strip()
         matching = [peer for peer in all_peers() if peer.name == name]
         matching = matching or [peer for peer in all_peers() if peer.name.startswith(f"{name}-")]
-        numbers = re.fullmatch(r"quictunnel-(aioquic|qh3)-(\d+)(?:\+(\d+))?", name)
+        numbers = re.fullmatch(r"quictunnel-(aioquic|qh3)-(\d+)(?:\+(\d+))?(-plain)?", name)
         if not matching and numbers:
-            matching = [Quictunnel(numbers[1], int(numbers[2]), int(numbers[3] or 1))]
+            matching = [Quictunnel(numbers[1], int(numbers[2]), int(numbers[3] or 1), plain=bool(numbers[4]))]
         if not matching:
             known = ", ".join(peer.name for peer in all_peers())
             raise ValueError(f"no peer {name!r}: there are {known}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.sidebyside import nginx
+from benchmarks.sidebyside import nginx, peers
 from benchmarks.sidebyside.__main__ import main, shown
 from benchmarks.sidebyside.axes import AXES
 from benchmarks.sidebyside.bench import Bench, Places, Scale, quick
@@ -341,7 +341,8 @@ def test_the_place_of_the_results_is_not_published() -> None:
 def test_peers_are_chosen_by_name_and_by_what_several_begin_with() -> None:
     assert [peer.name for peer in chosen("nginx, frp")] == ["nginx", "frp-tcp", "frp-quic"]
     assert [peer.name for peer in chosen("quictunnel-qh3")] == ["quictunnel-qh3"]
-    assert len(chosen("quictunnel")) == 4
+    assert len(chosen("quictunnel")) == 6
+    assert [peer.name for peer in chosen("quictunnel-qh3-2-plain")] == ["quictunnel-qh3-2-plain"]
     (peer,) = chosen("quictunnel-aioquic-1+3")
     assert isinstance(peer, Quictunnel)
     assert (peer.engine, peer.workers, peer.processes) == ("aioquic", 1, 3)
@@ -352,8 +353,17 @@ def test_peers_are_chosen_by_name_and_by_what_several_begin_with() -> None:
 def test_a_peer_whose_program_is_missing_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert Frp("tcp").lacks() == "frps and frpc not on PATH (github.com/fatedier/frp)"
-    assert Quictunnel("aioquic").lacks() == ""
+    assert Quictunnel("aioquic", plain=True).lacks() == ""
     assert "xquic is not installed" in Quictunnel("xquic").lacks()
+
+
+def test_what_is_installed_is_measured_compiled_or_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "COMPILED", tmp_path / "none")
+    assert "could not be compiled" in Quictunnel("aioquic").lacks()
+    monkeypatch.setattr(peers, "COMPILED", tmp_path)
+    assert Quictunnel("aioquic").lacks() == ""
+    assert Quictunnel("aioquic").command("serve")[:2] == ["env", f"PYTHONPATH={tmp_path}"]
+    assert Quictunnel("aioquic", plain=True).command("serve")[0] == sys.executable
 
 
 def test_frp_is_told_its_transport_and_its_virtual_host() -> None:
