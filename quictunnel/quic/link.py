@@ -539,6 +539,8 @@ class Link:
             self._moved(address)
         try:
             connection.receive_many_datagrams(datagrams, address, now=now)
+            if self.engine.sends_before_events:
+                self._transmit(now)
             self._events()
             self._look_for_slots()
         except Exception as error:

@@ -18,9 +18,6 @@ CONGESTION_CONTROL: Final = None
 _SHARE: Final = 0.7
 "of the congestion window that may be under way: as much as a loss leaves of it (CUBIC, RFC 9438 section 4.6)"
 
-_LARGEST_DATAGRAM: Final = 1500
-"bytes of a datagram as qh3 makes them: with less room in the congestion window it keeps back what it has made ready"
-
 _PIECE: Final = 4096
 "bytes of one stream before it is another's turn"
 
@@ -71,10 +68,14 @@ class ReinedConnection(QuicConnection):
         self._probes: list[int] = []
         self._probe_count = 0
         self.probed: dict[int, int] = {}
+        self._losses = 0  # when it was last asked
+        self._may_end = True  # something may be under way on streams other than the control stream
 
     # Sending
 
     def send_stream_data(self, stream_id: int, data: Any, end_stream: bool = False) -> None:
+        if stream_id:
+            self._may_end = True
         waiting = self._waiting.get(stream_id)
         core = self._core
         if waiting is None:
@@ -133,13 +134,25 @@ class ReinedConnection(QuicConnection):
             raise _broken(error) from error
 
     def may_take_several(self) -> bool:
-        """Whether nothing is kept back by the congestion window.
+        """Whether nothing waits that could become needless by what is to be received.
 
-        What breaks qh3 is a repetition that was made ready, waited for the window, and became needless meanwhile. It
-        makes nothing ready while it receives, so with room left nothing waits.
+        That is a repetition on a stream that ends: it breaks qh3. So nothing may be under way but what is on the
+        control stream, which never ends, as at the receiving end of a transfer.
         """
         core = self._core
-        return core is not None and core.congestion_window - core.bytes_in_flight >= _LARGEST_DATAGRAM
+        if core is None:
+            return False
+        losses = core.loss_total + core.pto_total
+        if losses != self._losses:  # what is to be repeated is neither under way nor waiting to be sent first
+            self._losses = losses
+            self._may_end = True
+        elif self._may_end and core.bytes_in_flight == 0 and self.get_send_buffer_size(None) == 0:
+            self._may_end = False
+        return not self._may_end
+
+    def stop_stream(self, stream_id: int, error_code: int) -> None:
+        self._may_end = True
+        super().stop_stream(stream_id, error_code)
 
     def get_send_buffer_size(self, stream_id: int | None = None) -> int:
         size: int = super().get_send_buffer_size(stream_id)
@@ -149,6 +162,7 @@ class ReinedConnection(QuicConnection):
         return size if waiting is None else size + sum(map(len, waiting))
 
     def reset_stream(self, stream_id: int, error_code: int) -> None:
+        self._may_end = True
         self._drop(stream_id)
         super().reset_stream(stream_id, error_code)
 

@@ -47,6 +47,9 @@ _UDP_GRO: Final = 104
 _SEGMENT_SIZE: Final = struct.Struct("=H")
 _GRO_SIZE: Final = struct.Struct("=i")
 
+_FEWEST_SEGMENTS: Final = 4
+"that are worth it: two cost more in one call than in two calls, three the same (benchmarks/datagrams.py)"
+
 _MOST_SEGMENTS: Final = 64
 "that every kernel makes of one call: UDP_MAX_SEGMENTS was 64 before Linux 6.9"
 
@@ -275,7 +278,7 @@ class DatagramSocket:
         while start < count:
             data, address = datagrams[start]
             end = start + 1
-            if end < count and self._segments and data:
+            if count - start >= _FEWEST_SEGMENTS and self._segments and data:
                 size = len(data)
                 most = min(count, start + min(_MOST_SEGMENTS, _MOST_BYTES // size))
                 while end < most:
@@ -285,10 +288,11 @@ class DatagramSocket:
                     end += 1
                     if len(following) < size:
                         break  # a shorter one is the last that fits
-            if end - start > 1:
+            if end - start >= _FEWEST_SEGMENTS:
                 self._send_together([each for each, _ in datagrams[start:end]], address)
             else:
-                self.send(data, address)
+                for each, _ in datagrams[start:end]:
+                    self.send(each, address)
             start = end
 
     def _segmented(self, parts: list[bytes], size: int, *address: Any) -> None:

@@ -28,10 +28,15 @@ def has_answer(visit: Visit) -> bool:
     return visit.status != 0 and len(visit.answer.partition("\r\n\r\n")[2]) >= len(BODY)
 
 
-@pytest.mark.parametrize("loss", [0.0, 0.01, 0.03])
-def test_eighty_uploads_and_their_answers_pass_each_other_on_one_link(loss: float, engine: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("loss", "busy"), [(0.0, False), (0.01, False), (0.03, False), (0.01, True)])
+def test_eighty_uploads_and_their_answers_pass_each_other_on_one_link(
+    loss: float, busy: bool, engine: str, tmp_path: Path
+) -> None:
+    """Also where each end has other work, and then reads all that has come."""
+
     async def scenario(ends: Ends) -> None:
         await ends.connected(Echo(ends.loop))
+        ends.network.busy = busy
         chance = random.Random(1)
         ends.network.lose = lambda source, destination: chance.random() < loss
         visits = [ends.visit(f"/{number}", f"Content-Length: {len(BODY)}", method="POST") for number in range(80)]

@@ -10,6 +10,7 @@ import struct
 import sys
 from collections import Counter
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -260,7 +261,7 @@ def test_datagrams_of_any_sizes_arrive_as_they_were_sent(host: str, connected: b
         [1200] * 64,
         [1200] * 65,
         [1200] * 10 + [7],
-        [1200] * 3 + [7] * 3 + [1200],
+        [1200] * 5 + [7] * 5 + [1200],
         [8900] * 9,
         [65_507 if ":" not in host else 65_527] * 2,
         [0, 0, 1200, 0, 1200, 1200, 0],
@@ -579,11 +580,11 @@ def test_bursts_to_a_dead_peer_cost_others_no_datagram(play: Callable[..., None]
         places = [sock.getsockname() for sock in alive]
         for number in range(20):
             for place in places:
-                taken.socket.send_all([(b"anyone?", gone)] * 3)
-                taken.socket.send_all([(b"%02d" % number, place)] * 3)
+                taken.socket.send_all([(b"anyone?", gone)] * 4)
+                taken.socket.send_all([(b"%02d" % number, place)] * 4)
             await asyncio.sleep(0)
         for sock in alive:
-            assert [sock.recv(100) for _ in range(60)] == [b"%02d" % (number // 3) for number in range(60)]
+            assert [sock.recv(100) for _ in range(80)] == [b"%02d" % (number // 4) for number in range(80)]
             sock.close()
         assert taken.socket.dropped == 0
         taken.socket.close()
@@ -687,3 +688,26 @@ def test_small_kernel_buffers_are_told_once_with_their_remedy(
         f"asked for; sysctl -w {limits} allows it"
     )
     assert log_lines == ([text] if limits else [])
+
+
+@linux
+def test_what_a_kernel_gives_to_who_is_not_root_is_told(log_lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [int(Path(f"/proc/sys/net/core/{name}mem_max").read_text()) for name in "rw"]
+    asked = 4 * max(limits)
+
+    class Unprivileged(FullSocket):
+        def setsockopt(self, level: int, option: int, value: int) -> None:
+            if option in sockets._FORCED.values():
+                raise PermissionError
+            self.sock.setsockopt(level, option, value)
+
+    monkeypatch.setattr(sockets, "_BUFFER_SIZE", asked)
+    sockets._tell_small.cache_clear()
+    with bound() as sock:
+        enlarge_buffers(Unprivileged(sock, room=0))  # type: ignore[arg-type]
+    sockets._tell_small.cache_clear()
+    assert log_lines == [
+        f"WARNING bursts of packets may be lost: the kernel gives a UDP socket {min(limits) // 1024} KiB of buffer "
+        f"where {asked // 1024} KiB are asked for; "
+        f"sysctl -w net.core.rmem_max={asked} net.core.wmem_max={asked} allows it"
+    ]

@@ -63,9 +63,9 @@ class Endpoint:
         for data in parts:
             self._sent(data, address)
 
-    def deliver(self, data: bytes, source: Address) -> None:
-        """A datagram has come."""
-        self._owner._received([data], source)
+    def deliver(self, datagrams: list[bytes], source: Address) -> None:
+        """Datagrams have come."""
+        self._owner._received(datagrams, source)
 
     def fail(self, error: OSError) -> None:
         """The kernel has something to say of what was sent."""
@@ -91,11 +91,14 @@ class Datagrams:
         self.delay = 0.005
         self.endpoints: dict[Address, Endpoint] = {}
         self.lose: Callable[[Address, Address], bool] = lambda source, destination: False
+        self.busy = False
+        "whether each end reads only every ``delay`` seconds, and then all that is there"
         self.dials: list[float] = []
         "when clients opened their sockets"
         self.tells = True
         "whether a sender learns that nobody listens where it sends (ICMP)"
 
+        self._unread: dict[tuple[Endpoint, Address], list[bytes]] = {}
         self._outside: dict[Address, Address] = {}  # as what others see an address, where a NAT is before it
         self._inside: dict[Address, Address] = {}
 
@@ -107,17 +110,27 @@ class Datagrams:
         self._inside[outside] = address
 
     def carry(self, data: bytes, source: Endpoint, destination: Address) -> None:
-        if not self.lose(source.address, destination):
-            self._loop.call_later(self.delay, self._deliver, data, source, destination)
+        if self.lose(source.address, destination):
+            return
+        unread = self._unread.get((source, destination)) if self.busy else None
+        if unread is not None:
+            unread.append(data)
+            return
+        datagrams = [data]
+        if self.busy:
+            self._unread[source, destination] = datagrams
+        self._loop.call_later(self.delay, self._deliver, datagrams, source, destination)
 
-    def _deliver(self, data: bytes, source: Endpoint, destination: Address) -> None:
+    def _deliver(self, datagrams: list[bytes], source: Endpoint, destination: Address) -> None:
+        self._unread.pop((source, destination), None)
         inside = self._inside.get(destination, destination)
         hidden = inside == destination and destination in self._outside
         endpoint = None if hidden else self.endpoints.get(inside)
         if endpoint is not None:
-            endpoint.deliver(data, self._outside.get(source.address, source.address))
+            endpoint.deliver(datagrams, self._outside.get(source.address, source.address))
         elif self.tells and source.is_open:
-            source.refuse(data, destination)
+            for data in datagrams:
+                source.refuse(data, destination)
 
 
 class EndsLoop(ClockLoop):
