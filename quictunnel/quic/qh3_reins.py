@@ -18,6 +18,9 @@ CONGESTION_CONTROL: Final = None
 _SHARE: Final = 0.7
 "of the congestion window that may be under way: as much as a loss leaves of it (CUBIC, RFC 9438 section 4.6)"
 
+_CAUTIOUS: Final = 256
+"bursts after a loss that are still taken one by one"
+
 _PIECE: Final = 4096
 "bytes of one stream before it is another's turn"
 
@@ -68,6 +71,7 @@ class ReinedConnection(QuicConnection):
         self._probes: list[int] = []
         self._probe_count = 0
         self.probed: dict[int, int] = {}
+        self._cautious = 0
         self._losses = 0  # when it was last asked
         self._may_end = True  # something may be under way on streams other than the control stream
 
@@ -146,6 +150,9 @@ class ReinedConnection(QuicConnection):
         if losses != self._losses:  # what is to be repeated is neither under way nor waiting to be sent first
             self._losses = losses
             self._may_end = True
+            self._cautious = _CAUTIOUS
+        elif self._cautious:
+            self._cautious -= 1
         elif self._may_end and core.bytes_in_flight == 0 and self.get_send_buffer_size(None) == 0:
             self._may_end = False
         return not self._may_end
