@@ -27,7 +27,7 @@ class Backend(Protocol):
     def open(self) -> Leg:
         """A leg for one exchange: join it, then hand it the head."""
 
-    async def aclose(self, grace: float = ...) -> None:
+    async def aclose(self, grace: float = 0.0) -> None:
         """End everything within ``grace`` seconds."""
 
 
