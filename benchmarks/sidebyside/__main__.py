@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--repeats", type=int, metavar="N", help="of each measurement (default: 5; quick: 1)")
     made.add_argument("--seconds", type=int, metavar="S", help="of each load (default: 2; quick: 1)")
     made.add_argument("--limit", type=float, metavar="S", help="after which a transfer is cut (default: 8; quick: 2)")
-    made.add_argument("--idle", type=int, metavar="N", help="visitors that wait (default: 10000; quick: 500)")
+    made.add_argument("--idle", type=int, metavar="N", help="visitors that wait (default: 10000; quick: 200)")
     made.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="(default: benchmarks/results)")
     made.add_argument("--merge", action="store_true", help="keep the axes in DIR that are not measured now")
     made.add_argument("--plot", action="store_true", help="measure nothing: write latest.md and the plots anew from "

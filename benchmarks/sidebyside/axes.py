@@ -25,7 +25,7 @@ SMALL = ("/100B", SIZES["100B"])
 SLOW = ("/after/35", 100)
 "what benchmarks/backend.py answers after 35 ms"
 
-QUIET = 1.0
+QUIET = 0.5
 "seconds in which a peer comes to rest before its memory is looked at"
 
 
@@ -138,7 +138,7 @@ class Http2(Axis):
             with bench.placed(block, port, [SMALL], http2=http2) as places:
                 for peer in places:
                     if places[peer].http2 is None:
-                        block.refuse(peer.name, "cannot: no HTTP/2 from visitors in front of a backend with HTTP/1.1")
+                        block.refuse(peer.name, "cannot: it has no HTTP/2 for visitors when the backend has HTTP/1.1")
 
                 def measure(peer: Peer, case: Case) -> Found:
                     target = places[peer].http2
@@ -363,7 +363,7 @@ class Beside(Axis):
             for case in block.cases:
                 for peer in bench.peers:
                     if int(case.name) and not peer.datagrams:
-                        block.refuse(peer.name, "cannot: TCP", case.name)
+                        block.refuse(peer.name, "cannot: TCP ends at the relay, so no loss can be put on it", case.name)
             bench.turns(block, block.cases, bench.peers, measure)
 
 
@@ -465,7 +465,7 @@ class Cost(Axis):
     name, title = "cost", "What it costs"
     note = (
         "Seconds of processor time of server and client together, for `wrk -t1 -c64` with answers of 100 B and "
-        "for a download; resident memory of both, a second after the start and after the load (what several "
+        "for a download; resident memory of both, half a second after the start and after the load (what several "
         "processes share counts in each)."
     )
     views: ClassVar = [

@@ -65,9 +65,9 @@ class Scale:
 def quick(scale: Scale) -> Scale:
     """The same in a few minutes: for trying, not for publishing."""
     return replace(
-        scale, repeats=1, seconds=1, limit=2.0, requests=(("100B", (1, 64, 1000)), ("1MB", (16,))), http2=((16, 16),),
-        bulk=("100MB",), rates=(1000,), lone=200, round_trips=(0, 50), losses=(2,), idle=500, idle_repeats=1,
-        idle_seconds=0.5, idle_limit=20.0,
+        scale, repeats=1, seconds=1, limit=2.0, requests=(("100B", (1, 64, 1000)),), http2=((16, 16),),
+        bulk=("100MB",), at_once=(1,), rates=(1000,), lone=200, round_trips=(0, 50), losses=(2,), idle=200,
+        idle_repeats=1, idle_seconds=0.5, idle_limit=20.0,
     )  # fmt: skip
 
 

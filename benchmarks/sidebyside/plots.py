@@ -106,6 +106,7 @@ def bars(results: Results, axes: Any, block: Block, case: str, key: str, title: 
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(unit)
     axes.grid(True, axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
 
 
 def panels(count: int, columns: int, rows_high: float) -> tuple[Any, list[Any]]:

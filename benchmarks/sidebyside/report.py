@@ -171,17 +171,17 @@ def trouble(samples: Sequence[Sample]) -> str:
 
 def reasons(results: Results, block: Block) -> list[str]:
     """The whole of what kept peers from having figures, each once."""
-    found: dict[str, None] = {}
+    found: dict[str, dict[str, None]] = {}
     for peer in block.peers:
         if results.peers.get(peer, {}).get("missing"):
             continue
         for why in block.cannot.get(peer, {}).values():
             if ":" in why:
-                found[f"{label(results, peer)}: {why}"] = None
+                found.setdefault(why, {})[label(results, peer)] = None
         for sample in block.samples:
             if sample.peer == peer and sample.failed:
-                found[f"{label(results, peer)}: failed: {sample.failed}"] = None
-    return [f"- {each}" for each in found]
+                found.setdefault(f"failed: {sample.failed}", {})[label(results, peer)] = None
+    return [f"- {', '.join(peers)}: {why}" for why, peers in found.items()]
 
 
 def block_text(results: Results, block: Block) -> str:
