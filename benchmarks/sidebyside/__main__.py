@@ -188,11 +188,13 @@ def measure(peers: list[Peer], axes: list[Axis], scale: Scale, given: argparse.N
                 write(results, given.out)
         except KeyboardInterrupt:
             bench.say("interrupted: what was measured so far is written")
-    results.blocks = {name: results.blocks[name] for name in AXES if name in results.blocks}
+    order = [*AXES, *results.blocks]
+    results.blocks = dict(sorted(results.blocks.items(), key=lambda item: order.index(item[0])))
     write(results, given.out)
     plots(results, given.out)
     print(f"{os.path.relpath(given.out)}/latest.md", flush=True)
-    return 0 if any(sample.values for block in results.blocks.values() for sample in block.samples) else 1
+    measured = [results.blocks[axis.name] for axis in possible if axis.name in results.blocks]
+    return 0 if any(sample.values for block in measured for sample in block.samples) else 1
 
 
 def shown(options: Sequence[str]) -> str:

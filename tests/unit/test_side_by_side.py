@@ -432,6 +432,18 @@ def test_without_any_program_all_is_named_and_the_status_is_1(
     assert "**cost** was not measured" in (tmp_path / "latest.md").read_text()
 
 
+def test_other_axes_are_kept_when_that_is_wished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    write(results_of(block_of(*samples("nginx", 1, 2))), tmp_path)
+    options = ["--only", "requests", "--peers", "bore", "--out", str(tmp_path)]
+    assert main([*options, "--merge"]) == 1, "nothing was measured now"
+    kept = read(tmp_path / "latest.json")
+    assert len(kept.blocks["a"].samples) == 2
+    assert {"x", "bore"} <= kept.peers.keys()
+    assert main(options) == 1
+    assert read(tmp_path / "latest.json").blocks == {}
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -536,6 +548,25 @@ def test_a_process_counts_what_its_children_use(tmp_path: Path) -> None:
         assert process.cpu() >= 0.1
         assert process.memory().resident > 1
     assert not process.running
+
+
+@pytest.mark.slow
+def test_each_plot_is_a_picture(tmp_path: Path) -> None:
+    """It is the import of matplotlib that is slow."""
+    pytest.importorskip("matplotlib")
+    from benchmarks.sidebyside.plots import DRAWN, plot
+
+    results = results_of()
+    for name in DRAWN:
+        block = Block(name, name, "", [], AXES[name].cases(Scale()))
+        keys = {key for view in AXES[name].views for key in view.keys}
+        for case in block.cases:
+            for repeat in range(3):
+                block.samples.append(Sample("nginx", case.name, repeat, dict.fromkeys(keys, 10.0 + repeat)))
+        results.blocks[name] = block
+    made = plot(results, tmp_path)
+    assert [path.stem for path in made] == list(DRAWN)
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in made)
 
 
 # With real peers
