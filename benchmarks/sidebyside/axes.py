@@ -408,7 +408,8 @@ class Idle(Axis):
         "WebSockets on which nothing is said, and requests that are not answered yet, all on one client; options "
         "that limit how many there may be, and for how long, are raised. Memory: what server and client have grown "
         "by for each (resident). At the end each WebSocket sends a message and waits for its echo, and each request "
-        "is answered: stayed is how many of them came through that."
+        "is answered: stayed is how many of them came through that. There are fewer where a process may not open two "
+        "files for each."
     )
     views: ClassVar = [
         View("kB each, server", ("server_kb",), 1),
