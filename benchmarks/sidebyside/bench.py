@@ -213,7 +213,7 @@ class Bench:
             taking_part = [peer for peer in peers if not block.reason(peer.name, case.name)]
             if not taking_part:
                 continue
-            self.say(f"  {block.name}: {case.group}, {case.label}")
+            self.say("  " + ", ".join(word for word in (case.group, case.label) if word))
             for repeat in range(block.repeats if repeats is None else repeats):
                 first = repeat % len(taking_part)
                 for peer in taking_part[first:] + taking_part[:first]:
