@@ -41,6 +41,8 @@ def colour(peer: str) -> str:
 
 
 def dashed(peer: str) -> str:
+    if peer.endswith("-plain"):
+        return ":"
     return "--" if peer.rpartition("-")[2][:1].isdigit() or peer == "frp-quic" else "-"
 
 

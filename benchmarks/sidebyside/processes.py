@@ -52,7 +52,8 @@ class Process:
     """A running command; what it says goes into a file."""
 
     def __init__(self, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> None:
-        self.name = Path(command[0]).name
+        program = next(word for word in command if word != "env" and "=" not in word)
+        self.name = Path(program).name
         self.log = log
         with log.open("wb") as out:
             self.popen = subprocess.Popen(

@@ -575,14 +575,15 @@ def test_each_plot_is_a_picture(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_quick_run_measures_the_tunnel(tmp_path: Path) -> None:
     """The axes that need no program but quictunnel itself."""
-    assert main(["--quick", "--only", "distance,idle,start", "--peers", "direct,quictunnel-qh3,quictunnel-aioquic-2",
-                 "--idle", "50", "--out", str(tmp_path)]) == 0  # fmt: skip
+    names = "direct,quictunnel-qh3-plain,quictunnel-aioquic-2-plain"
+    options = ["--quick", "--only", "distance,idle,start", "--peers", names, "--idle", "50"]
+    assert main([*options, "--out", str(tmp_path)]) == 0
     found = read(tmp_path / "latest.json")
     for block in found.blocks.values():
         assert not [sample for sample in block.samples if sample.failed or sample.errors]
         for case in block.cases:
-            assert block.of("quictunnel-qh3", case.name)[0].values
-    idle = found.blocks["idle"].of("quictunnel-aioquic-2", "polls")[0].values
+            assert block.of("quictunnel-qh3-plain", case.name)[0].values
+    idle = found.blocks["idle"].of("quictunnel-aioquic-2-plain", "polls")[0].values
     assert (idle["opened"], idle["stayed"]) == (50, 50)
-    far = found.blocks["distance"].of("quictunnel-qh3", "50")[0].values
+    far = found.blocks["distance"].of("quictunnel-qh3-plain", "50")[0].values
     assert far["warm"] >= 50
