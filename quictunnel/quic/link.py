@@ -51,10 +51,6 @@ _PROBE_EVERY: Final = 1.0
 _LEAST_FOR: Final = 10.0
 "seconds, once or twice, in which a round trip is the least"
 
-# So many small frames fill a packet. Waiting for more in a long turn saves nothing, and keeps the other end idle until
-# all are there: both ends would take turns instead of working side by side.
-_BURST: Final = 8
-
 _REMEMBERED: Final = 256
 "datagrams of which it is remembered how they began: more are seldom under way"
 
@@ -144,6 +140,7 @@ class Link:
     ) -> None:
         """``datagram_limit`` says how large a datagram may be to leave for an address: larger ones are not tried."""
         self.engine = engine
+        self._burst = engine.burst
         self.is_client = is_client
         self.budget = budget
         self.owner = owner
@@ -373,7 +370,7 @@ class Link:
 
     def wake(self, leg: StreamLeg) -> None:
         """``leg`` has something to send."""
-        if len(self._dirty) >= _BURST:
+        if len(self._dirty) >= self._burst:
             self.flush()
         self._dirty.append(leg)
         self.schedule()
