@@ -217,6 +217,8 @@ class ReinedConnection(QuicConnection):
 
     def receive_datagram(self, data: bytes, addr: Any, now: float) -> None:
         self._now = now
+        if not data:
+            return
         if not self._handshake_complete or data[0] & 0x80:
             super().receive_datagram(data, addr, now)
             return
