@@ -25,6 +25,8 @@ from tests.support.memory import identity
 from tests.unit.test_gate import Door
 from tests.unit.test_registry import FakeLeg, FakeLink, asked, joined, session_of
 
+pytestmark = pytest.mark.interpreted  # lines of Python are counted, and stand-ins for Link
+
 _PACKAGE: Final = str(Path(quictunnel.__file__).parent)
 _ROOM: Final = 2.0
 "how much more may be done among thirty times as many: a heap of them is deeper, and a list is made larger"
