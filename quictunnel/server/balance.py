@@ -105,15 +105,19 @@ L = TypeVar("L", bound=Roomy)
 class LinkOrder(Generic[L]):
     """The links of a session that has many, the one with the most room first: O(log links) for each request.
 
+    Among equals the first of them has its turn, again and again: what a link's congestion window and round trip have
+    learnt is worth most where it was learnt last, and a link that is used by turns of a hundred knows nothing.
+
     A heap like that of ``Balance``, but it mends itself: an entry whose link has more exchanges than it says is put in
     its place when it comes to the top, so only a link that has become emptier is to be offered. What is found to take
     nothing (no slot, suspect) is put aside until it is offered, or for a moment.
     """
 
-    __slots__ = ("_aside", "_count", "_heap", "_look_at", "_places", "examined")
+    __slots__ = ("_aside", "_count", "_heap", "_look_at", "_places", "_ranks", "examined")
 
     def __init__(self, links: Iterable[L]) -> None:
-        self._heap: list[tuple[int, int, L]] = []
+        self._heap: list[tuple[int, int, int, L]] = []  # load, rank, number, link
+        self._ranks: dict[L, int] = {}
         self._places: dict[L, int] = {}  # the number of its valid entry
         self._aside: list[L] = []
         self._look_at = 0.0
@@ -128,9 +132,9 @@ class LinkOrder(Generic[L]):
         """The link has more room than it had, or may be able to take something again."""
         self._count += 1
         self._places[link] = self._count
-        heappush(self._heap, (link.active, self._count, link))
+        heappush(self._heap, (link.active, self._ranks.setdefault(link, len(self._ranks)), self._count, link))
         if len(self._heap) > 4 * len(self._places) + _SPARE:
-            self._heap = [entry for entry in self._heap if self._places.get(entry[2]) == entry[1]]
+            self._heap = [entry for entry in self._heap if self._places.get(entry[3]) == entry[2]]
             heapify(self._heap)
 
     def choose(self, now: float, fits: Callable[[L], bool]) -> L | None:
@@ -143,7 +147,7 @@ class LinkOrder(Generic[L]):
                     self.offer(link)
         heap = self._heap
         while heap:
-            load, count, link = heap[0]
+            load, _, count, link = heap[0]
             if self._places.get(link) != count:
                 heappop(heap)
                 continue

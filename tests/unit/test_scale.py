@@ -307,6 +307,16 @@ def test_many_links_are_chosen_as_few_are() -> None:
     assert {link.active for link in links} == {10}
 
 
+def test_first_of_many_links_has_one_request_after_the_other() -> None:
+    """What its congestion window has learnt is not learnt anew by each of the others."""
+    registry = _registry()
+    links = [joined(registry, index=index) for index in range(40)]
+    for _ in range(100):
+        asked(registry, 1)
+        links[0].legs[-1].end(registry)
+    assert [len(link.legs) for link in links[1:]] == [0] * 39
+
+
 def test_suspect_link_of_many_is_passed_over_until_it_is_heard() -> None:
     registry = _registry()
     links = [joined(registry, index=index) for index in range(20)]
