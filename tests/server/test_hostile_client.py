@@ -321,6 +321,7 @@ async def push(ends: Ends, visit: Visit, size: int) -> int:
 STALL_TIME = 20.0
 
 
+@pytest.mark.interpreted  # a constant is another
 def test_upload_that_is_never_granted_stalls_and_is_ended_by_a_limit(
     on_each: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,6 +345,7 @@ def test_upload_that_is_never_granted_stalls_and_is_ended_by_a_limit(
     on_each(scenario)
 
 
+@pytest.mark.interpreted  # a constant is another
 def test_upload_that_is_granted_now_and_then_is_not_ended(on_each: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quictunnel.quic.link.STALL_TIME", STALL_TIME)
 
