@@ -36,6 +36,9 @@ _CRYPTO: Final = 900
 
 _NO_ROOM: Final = "packet builder capacity exhausted"
 
+_UNANSWERED: Final = 2
+"time-outs of a handshake that nobody has answered until it is begun anew"
+
 _TIMED_OUT: Final = 3
 "time-outs in a row that say that large datagrams do not arrive"
 
@@ -244,6 +247,10 @@ class ReinedConnection(QuicConnection):
         # A busy machine, or packets of 1280 bytes on a path that carries less: they have as many where they may, and
         # IPv6's narrowest path carries 1232.
         if self._is_client and not core.received_authenticated_packet:
+            # The second time-out is three seconds after the first packet: where one second passes there and back, what
+            # is begun anew at the first would never be answered.
+            if not self._begun_anew and core.pto_total < _UNANSWERED:
+                return
             if self._begun_anew:
                 self._configuration.max_datagram_size = BASE
                 self._held = 0

