@@ -505,29 +505,17 @@ class Link:
 
     def datagram_received(self, data: bytes, address: Any) -> None:
         """Take a datagram of this connection."""
-        if self.terminated:
-            return
-        self.heard_at = now = self._loop.time()
-        self.refused = False
-        if address != self.address:
-            self._moved(address)
-        try:
-            self._connection.receive_datagram(data, address, now=now)
-            if self.engine.sends_before_events and self.ready:
-                self._transmit(now)
-            self._events()
-            self._look_for_slots()
-        except Exception as error:
-            self._broken(error)
-        self.schedule()
+        self._take([data], address)
 
     def datagrams_received(self, datagrams: list[bytes], address: Any) -> None:
         """Take datagrams of this connection that came in one go from one address."""
-        connection = self._connection
-        if len(datagrams) == 1 or not self.ready or not connection.may_take_several():
+        if len(datagrams) == 1 or (self.ready and self._connection.may_take_several()):
+            self._take(datagrams, address)
+        else:
             for data in datagrams:
-                self.datagram_received(data, address)
-            return
+                self._take([data], address)
+
+    def _take(self, datagrams: list[bytes], address: Any) -> None:
         if self.terminated:
             return
         self.heard_at = now = self._loop.time()
@@ -535,8 +523,11 @@ class Link:
         if address != self.address:
             self._moved(address)
         try:
-            connection.receive_many_datagrams(datagrams, address, now=now)
-            if self.engine.sends_before_events:
+            if len(datagrams) == 1:
+                self._connection.receive_datagram(datagrams[0], address, now=now)
+            else:
+                self._connection.receive_many_datagrams(datagrams, address, now=now)
+            if self.engine.sends_before_events and self.ready:
                 self._transmit(now)
             self._events()
             self._look_for_slots()
