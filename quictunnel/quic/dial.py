@@ -12,7 +12,7 @@ from loguru import logger
 from quictunnel.quic.engine import ClientTrust, Engine
 from quictunnel.quic.link import Link, LinkClosed, LinkOwner
 from quictunnel.quic.path_mtu import BASE, forbid_fragments, route_limit
-from quictunnel.quic.sockets import DATAGRAM_SIZE, DatagramSocket, enlarge_buffers
+from quictunnel.quic.sockets import DatagramSocket, enlarge_buffers
 from quictunnel.quic.tickets import Tickets
 from quictunnel.wire.credit import WindowBudget
 from quictunnel.wire.errors import ErrorCode
@@ -208,12 +208,12 @@ async def dial(
     done: asyncio.Future[None] = loop.create_future()
     waiter = _Waiter(done)
     if tickets is None or not trust.verify:
-        connection = engine.dial(trust, DATAGRAM_SIZE, worker)
+        connection = engine.dial(trust, BASE, worker)
     else:
         # Good only where it was given, and never under another trust than the one that it was got under.
         key = (endpoint, worker, trust)
         keep = partial(tickets.keep, key)
-        connection = engine.dial(trust, DATAGRAM_SIZE, worker, ticket=tickets.find(key), on_ticket=keep)
+        connection = engine.dial(trust, BASE, worker, ticket=tickets.find(key), on_ticket=keep)
     try:
         way.open()
     except DialError as error:

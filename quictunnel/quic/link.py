@@ -176,7 +176,6 @@ class Link:
         self.on_terminated: Callable[[Link], None] = lambda link: None
         self.on_connection_id: Callable[[Link, bytes, bool], None] = lambda link, cid, issued: None
         self.on_address: Callable[[Link, Any], None] = lambda link, before: None
-        self._error: tuple[int, str] | None = None
 
         # liveness, in seconds of the loop's clock
         self.heard_at = self._loop.time()

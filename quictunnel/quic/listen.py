@@ -16,7 +16,7 @@ from quictunnel.quic.first_packets import (
 )
 from quictunnel.quic.link import Link, LinkClosed, LinkOwner
 from quictunnel.quic.path_mtu import BASE, forbid_fragments, route_limit_to
-from quictunnel.quic.sockets import DATAGRAM_SIZE, DatagramSocket, Refusal, enlarge_buffers
+from quictunnel.quic.sockets import DatagramSocket, Refusal, enlarge_buffers
 from quictunnel.quic.steering import Steering
 from quictunnel.quic.succession import Predecessor, Successor
 from quictunnel.quic.tickets import Tickets
@@ -79,7 +79,7 @@ class LinkListener:
         self._steering = steering
         self._tokens = RetryTokens()
         self._tickets = Tickets()
-        self._configuration = engine.server_configuration(identity, DATAGRAM_SIZE)
+        self._configuration = engine.server_configuration(identity, BASE)
         self._loop = asyncio.get_running_loop()
         self._socket: DatagramSocket | None = None
         self._whole = False  # datagrams leave in one piece or not at all
@@ -151,7 +151,7 @@ class LinkListener:
 
     def replace_identity(self, identity: ServerIdentity) -> None:
         """Show another certificate to new links. Raises OSError and ValueError, and then changes nothing."""
-        self._configuration = self.engine.server_configuration(identity, DATAGRAM_SIZE)
+        self._configuration = self.engine.server_configuration(identity, BASE)
         self._tickets.clear()  # what is to be shown now is to be checked by everyone
 
     def close(self) -> None:

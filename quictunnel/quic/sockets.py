@@ -12,10 +12,7 @@ from typing import Any, Final, NamedTuple
 
 from loguru import logger
 
-__all__ = ["DATAGRAM_SIZE", "QUOTED", "DatagramSocket", "Refusal", "enlarge_buffers", "settle"]
-
-# Fits every path that carries QUIC (RFC 9000 section 14).
-DATAGRAM_SIZE: Final = 1200
+__all__ = ["QUOTED", "DatagramSocket", "Refusal", "enlarge_buffers", "settle"]
 
 # A burst of a whole congestion window arrives faster than Python reads it; what does not fit is lost and halves the
 # window.
