@@ -47,6 +47,11 @@ class _Congestion(RenoCongestionControl):
     def __init__(self, *, max_datagram_size: int) -> None:
         super().__init__(max_datagram_size=max_datagram_size)
         self.large_lost = 0
+        self.latest_round_trip: float | None = None
+
+    def on_rtt_measurement(self, *, now: float, rtt: float) -> None:
+        self.latest_round_trip = rtt
+        super().on_rtt_measurement(now=now, rtt=rtt)
 
     def on_packet_acked(self, *, now: float, packet: QuicSentPacket) -> None:
         if packet.sent_bytes > BASE:
@@ -131,6 +136,11 @@ class ReinedConnection(QuicConnection):
                 frame_type=frame_type,
                 reason_phrase="too much came out of order",
             )
+
+    @property
+    def latest_round_trip(self) -> float | None:
+        """Seconds, of the last packet that was acknowledged; None before the first."""
+        return self._congestion.latest_round_trip
 
     def path_changed(self) -> None:
         """Forget of congestion what the old path has taught (RFC 9000 section 9.4).

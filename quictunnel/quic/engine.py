@@ -77,6 +77,10 @@ class Connection(Protocol):
 
     # What the reins add
 
+    @property
+    def latest_round_trip(self) -> float | None:
+        """Seconds, of the last packet of ours that was acknowledged; None before the first."""
+
     may_grow: bool
     "whether datagrams that had to become smaller may become larger again"
 

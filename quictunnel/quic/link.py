@@ -46,7 +46,16 @@ STALL_TIME: Final = 300.0
 "seconds in which a receiver may grant nothing to what waits for its credit; a visitor has as long to take an answer"
 
 # A link asks for the round trip this often while credit is granted on it, in seconds.
-_PROBE_EVERY: Final = 1.0
+_PROBE_EVERY: Final = 0.25
+
+_DRAIN_EVERY: Final = 10.0
+"seconds without a pause in which credit is granted, until the queues of it are let run empty to find the round trip"
+
+_DRAIN_LIMIT: Final = 1.0
+"seconds that it may take"
+
+_PAUSE: Final = 1.0
+"seconds without a grant that are one"
 
 _LEAST_FOR: Final = 10.0
 "seconds, once or twice, in which a round trip is the least"
@@ -186,11 +195,15 @@ class Link:
         # How the last ones began, at a server's end: proof of what is said to be refused.
         self._beginnings: deque[bytes] = deque(maxlen=0 if is_client else _REMEMBERED)
         self.round_trip: float | None = None
-        self.least_round_trip: float | None = None  # of late: what waits in our own queues is not in it
         self._least = self._least_before = inf
         self._least_until = 0.0
         self._pings: dict[int, float] = {}
         self._ping_count = 0
+        self.drains = False  # no credit is granted, until a ping has met no queue of what it was granted for
+        self._drained: dict[StreamLeg, None] = {}  # those that wait for it
+        self._drain_ping = 0
+        self._drain_due = self._drain_until = 0.0
+        self._granted_at = 0.0
         self._pinged_at = 0.0
 
         # the size of datagrams
@@ -216,6 +229,12 @@ class Link:
     def connection_id(self) -> bytes:
         """The id that this end chose for the connection first."""
         return self._connection.host_cid
+
+    @property
+    def least_round_trip(self) -> float | None:
+        """The least of late, in seconds: what waits in queues, our own too, is not in it. None if there is none yet."""
+        least = min(self._least, self._least_before)
+        return None if least == inf else least
 
     @property
     def exchanges(self) -> int:
@@ -310,7 +329,28 @@ class Link:
         now = self._loop.time()
         if now - self._pinged_at > _PROBE_EVERY:
             self.ping()
+        if now - self._granted_at > _PAUSE:
+            self._drain_due = now + _DRAIN_EVERY
+        elif now > self._drain_due:
+            self._drain_due = now + _DRAIN_EVERY
+            self.drains = True
+            self._drain_until = now + _DRAIN_LIMIT
+        self._granted_at = now
         self.schedule()
+
+    def drained(self, leg: StreamLeg) -> None:
+        """Nearly all that ``leg`` was to get before the queues are empty has come."""
+        self._drained[leg] = None
+        if not self._drain_ping:
+            self.ping()
+            self._drain_ping = self._ping_count
+
+    def _end_drain(self) -> None:
+        self.drains = False
+        self._drain_ping = 0
+        drained, self._drained = self._drained, {}
+        for leg in drained:
+            leg.grant()
 
     def stalled(self, leg: StreamLeg) -> None:
         """From now on ``leg`` waits for the peer's credit."""
@@ -322,6 +362,8 @@ class Link:
 
     def end_stalled(self) -> None:
         """End the exchanges that have waited too long for the peer's credit; called every second or two."""
+        if self.drains and self._loop.time() > self._drain_until:
+            self._end_drain()  # of a ping that is not answered, or of legs that all stopped before
         late = self._loop.time() - STALL_TIME
         for leg in [leg for leg, since in self._stalled.items() if since < late]:
             leg.stalled_too_long()
@@ -401,6 +443,7 @@ class Link:
         """``leg`` has ended: its slot is free."""
         self._legs.pop(leg.stream_id, None)
         self._stalled.pop(leg, None)
+        self._drained.pop(leg, None)
         if self.is_client:
             if leg.may_receive:
                 self._deaf.add(leg.stream_id)
@@ -530,9 +573,18 @@ class Link:
                 self._transmit(now)
             self._events()
             self._look_for_slots()
+            trip = self._connection.latest_round_trip
+            if trip is not None and (trip < self._least or now > self._least_until):
+                self._note_least(trip)
         except Exception as error:
             self._broken(error)
         self.schedule()
+
+    def _note_least(self, trip: float) -> None:
+        if self.heard_at > self._least_until:
+            self._least_before, self._least = self._least, inf
+            self._least_until = self.heard_at + _LEAST_FOR
+        self._least = min(self._least, trip)
 
     def _look_for_slots(self) -> None:
         if self._starved and self.opened < self.engine.streams_allowed(self._connection):
@@ -654,11 +706,9 @@ class Link:
             sample = self._loop.time() - then
             # RFC 9002 section 5.3's weight, on samples that are far apart.
             self.round_trip = sample if self.round_trip is None else 0.75 * self.round_trip + 0.25 * sample
-            if self._loop.time() > self._least_until:
-                self._least_before, self._least = self._least, sample
-                self._least_until = self._loop.time() + _LEAST_FOR
-            self._least = min(self._least, sample)
-            self.least_round_trip = min(self._least, self._least_before)
+            self._note_least(sample)
+        if uid == self._drain_ping:
+            self._end_drain()
 
     # The size of datagrams
 

@@ -274,6 +274,11 @@ class ReinedConnection(QuicConnection):
         self._create_tls(remote_source_cid=None).start()
         self._drain_tls()
 
+    @property
+    def latest_round_trip(self) -> float | None:
+        """Seconds, of the last packet that was acknowledged; None before the first."""
+        return None if self._core is None else self._core.latest_rtt
+
     # Datagrams' size
 
     may_grow = False

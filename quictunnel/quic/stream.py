@@ -110,7 +110,7 @@ class StreamLeg(Leg):
 
     def resume(self) -> None:
         self._paused = False
-        self._grant()
+        self.grant()
 
     def abort(self, error: TunnelError) -> None:
         if self.ended:
@@ -263,7 +263,7 @@ class StreamLeg(Leg):
             self._fail(TunnelError(ErrorCode.FRAME_ERROR, f"the peer broke the tunnel's protocol: {error}"))
             return
         if self._receive_credit is not None and not self._paused:
-            self._grant()
+            self.grant()
 
     def _head_received(self, head: RequestHead | ResponseHead) -> None:
         if isinstance(head, RequestHead):
@@ -284,9 +284,14 @@ class StreamLeg(Leg):
             self._finish()
         peer.receive(end)
 
-    def _grant(self) -> None:
+    def grant(self) -> None:
+        """Tell the sender how far it may go now, if it is time for that."""
         credit, link = self._receive_credit, self.link
         if credit is None or link is None or self._paused or not self.may_receive:
+            return
+        if link.drains:
+            if credit.is_drained:
+                link.drained(self)
             return
         limit = credit.grant(link.heard_at, link.least_round_trip)
         if limit is not None:

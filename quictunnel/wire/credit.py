@@ -5,12 +5,14 @@ each exchange carries a limit in body bytes, absolute from the direction's start
 sender stops at it and the receiver raises it as its socket drains. That bounds memory in all four places at once:
 both sides' libraries and both sides' sockets.
 
-A receiver's window starts small and doubles when half of it was taken in less than two round trips, which means that
-the path could carry more than the window allows; it stops at ``MAXIMUM_WINDOW``, and at what the budget of the whole
-process still has. The round trip is the least of late: a larger window makes longer queues on the way, so that by the
-present one a window would justify its own growth.
+A receiver's window starts small and doubles while it is taken in less than three round trips, which means that the path
+may carry more than the window allows; it stops at ``MAXIMUM_WINDOW``, and at what the budget of the whole process still
+has. What takes longer than eight waits in queues on the way, before everything else that goes there: the window halves,
+down to where it began. The round trip is the least of late: a larger window makes longer queues, so that by the present
+one it would justify its own growth. A transfer without a pause lets its queue run empty now and then to find it.
 """
 
+from math import inf
 from typing import Final
 
 from quictunnel.wire.errors import ProtocolError
@@ -24,8 +26,15 @@ INITIAL_WINDOW: Final = 256 * 1024
 # it.
 MAXIMUM_WINDOW: Final = 8 * 1024 * 1024
 
-_TURN: Final = 0.002
+_TURN: Final = 0.00125
 "seconds beside the round trip in which an end comes to reading and granting: an event loop's turn under load"
+
+_DOUBLES_BELOW: Final = 3
+_HALVES_ABOVE: Final = 8
+"round trips in which a window is taken; so far apart that neither step brings about the other"
+
+_SLOWEST: Final = 2
+"times as long as before that the next bytes may seem to take: what is longer is a pause of the sender's"
 
 
 class WindowBudget:
@@ -83,11 +92,13 @@ class SendCredit:
 class ReceiveCredit:
     """The receiver's side of one direction."""
 
-    __slots__ = ("_budget", "_granted_at", "limit", "received", "window")
+    __slots__ = ("_budget", "_counted", "_granted_at", "_pace", "limit", "received", "window")
 
     def __init__(self, budget: WindowBudget) -> None:
         self._budget = budget
         self._granted_at: float | None = None
+        self._counted = 0  # bytes that had been received then
+        self._pace = inf  # seconds for a byte, of late
         self.window = INITIAL_WINDOW
         self.limit = INITIAL_WINDOW
         self.received = 0
@@ -98,20 +109,41 @@ class ReceiveCredit:
         if self.received > self.limit:
             raise ProtocolError(f"{self.received} body bytes came under a limit of {self.limit}")
 
+    @property
+    def is_drained(self) -> bool:
+        """Whether nearly all has come that may."""
+        return self.limit - self.received <= self.window // 8
+
     def grant(self, now: float, round_trip: float | None) -> int | None:
         """The new limit to tell the sender, if it is time for one: call it whenever all that came has been taken.
 
-        ``now`` and ``round_trip``, the least of late, are in seconds; one that isn't known yet lets no window grow.
+        ``now`` and ``round_trip``, the least of late, are in seconds; one that isn't known yet changes no window.
         """
         window = self.window
         if self.limit - self.received > window // 2:
             return None
-        then, self._granted_at = self._granted_at, now
-        fast = then is not None and round_trip is not None and now - then < 2 * (round_trip + _TURN)
-        if fast and window < MAXIMUM_WINDOW and self._budget.take(window):
-            self.window = window = 2 * window
-        self.limit = self.received + window
-        return self.limit
+        then, counted = self._granted_at, self._counted
+        self._granted_at, self._counted = now, self.received
+        if then is not None and round_trip is not None:
+            pace = (now - then) / (self.received - counted)
+            before = self._pace
+            if pace < before:
+                self._pace = pace if before is inf else (pace + before) / 2
+            else:
+                self._pace = 0.75 * before + 0.25 * min(pace, _SLOWEST * before)
+            unit = round_trip + _TURN
+            taken_in = self._pace * window
+            if taken_in < _DOUBLES_BELOW * unit:
+                if window < MAXIMUM_WINDOW and self._budget.take(window):
+                    self.window = 2 * window
+            elif taken_in > _HALVES_ABOVE * unit and window > INITIAL_WINDOW:
+                self.window = window // 2
+                self._budget.give_back(self.window)
+        limit = self.received + self.window
+        if limit <= self.limit:
+            return None
+        self.limit = limit
+        return limit
 
     def release(self) -> None:
         """The direction is over: its share of the budget goes back."""

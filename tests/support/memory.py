@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import gc
+import math
 import resource
 import tempfile
 from collections.abc import Callable
@@ -124,11 +125,14 @@ class Network:
     """A server's listener and any number of clients, with ``delay`` seconds each way; ``lose`` says what gets lost.
 
     Datagrams larger than ``mtu`` are dropped on the way, and the ends think that the first hop carries ``first_hop``.
+    It carries ``rate`` bytes a second in each direction; what comes faster waits, without a limit.
     """
 
     def __init__(self, server_engine: str, client_engine: str, *, delay: float = 0.005, retry: str = "auto") -> None:
         self.loop = asyncio.get_running_loop()
         self.delay = delay
+        self.rate = math.inf
+        self._free_at = {True: 0.0, False: 0.0}
         self.mtu = 65_535
         self.first_hop = 1200
         self.largest = {True: 0, False: 0}
@@ -198,7 +202,9 @@ class Network:
             return
         self.largest[to_server] = max(self.largest[to_server], len(data))
         if not self.lose(data, to_server):
-            self.loop.call_later(self.delay, receive, data, source)
+            now = self.loop.time()
+            self._free_at[to_server] = max(now, self._free_at[to_server]) + len(data) / self.rate
+            self.loop.call_at(self._free_at[to_server] + self.delay, receive, data, source)
 
 
 def opened(network: Network, link: Link, *frames: Frame) -> tuple[StreamLeg, Recorder]:

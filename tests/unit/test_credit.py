@@ -40,19 +40,23 @@ def test_a_small_answer_needs_no_grant() -> None:
     assert credit.grant(0.0, 0.01) is None
 
 
-def test_a_window_doubles_while_half_of_it_goes_in_less_than_two_round_trips() -> None:
+def take(credit: ReceiveCredit, now: float, seconds: float, round_trip: float) -> float:
+    """Have as much come, in ``seconds``, as makes it time for a grant; the time after it."""
+    credit.receive(credit.limit - credit.received - credit.window // 2)
+    credit.grant(now + seconds, round_trip)
+    return now + seconds
+
+
+def test_a_window_doubles_while_it_is_taken_in_less_than_three_round_trips() -> None:
     budget = WindowBudget(100 * MAXIMUM_WINDOW)
     credit = ReceiveCredit(budget)
-    now = 0.0
-    windows = []
-    for _ in range(10):
-        credit.receive(credit.limit - credit.received)
-        credit.grant(now, 0.1)
-        windows.append(credit.window)
-        now += 0.15
-    assert windows[0] == INITIAL_WINDOW
-    assert windows[1] == 2 * INITIAL_WINDOW
-    assert windows[-1] == MAXIMUM_WINDOW
+    now = take(credit, 0.0, 0.1, 0.1)
+    assert credit.window == INITIAL_WINDOW
+    now = take(credit, now, 0.14, 0.1)
+    assert credit.window == 2 * INITIAL_WINDOW
+    for _ in range(30):
+        now = take(credit, now, 0.14, 0.1)
+    assert credit.window == MAXIMUM_WINDOW
     assert budget.total - budget.left == MAXIMUM_WINDOW - INITIAL_WINDOW
     credit.release()
     credit.release()
@@ -61,19 +65,45 @@ def test_a_window_doubles_while_half_of_it_goes_in_less_than_two_round_trips() -
 
 @pytest.mark.parametrize(
     ("rate", "round_trip", "window"),
-    [(1e6, 0.02, INITIAL_WINDOW), (10e6, 0.02, 1 << 20), (60e6, 0.1, MAXIMUM_WINDOW), (100e6, 0.0003, 1 << 20)],
+    [(1e6, 0.02, INITIAL_WINDOW), (10e6, 0.02, 1 << 20), (60e6, 0.1, MAXIMUM_WINDOW), (200e6, 0.0003, 1 << 20)],
 )
-def test_a_window_grows_to_some_times_what_the_path_holds(rate: float, round_trip: float, window: int) -> None:
-    """In bytes a second and seconds: one that was larger would only make the queues on the way longer."""
-    credit = ReceiveCredit(WindowBudget(MAXIMUM_WINDOW))
+def test_a_window_comes_to_some_times_what_the_path_holds(rate: float, round_trip: float, window: int) -> None:
+    """In bytes a second and seconds, from below and from above: a larger one would only make longer queues."""
+    budget = WindowBudget(MAXIMUM_WINDOW)
+    credit = ReceiveCredit(budget)
     now = 0.0
     for _ in range(50):
-        half = credit.window // 2
-        now += half / rate
-        credit.receive(min(half + 1, credit.limit - credit.received))
-        credit.grant(now, round_trip)
+        now = take(credit, now, credit.window / 2 / rate, round_trip)
     assert credit.window == window
     assert window >= min(2 * rate * round_trip, MAXIMUM_WINDOW)
+    for _ in range(50):
+        now = take(credit, now, credit.window / 2 / 1e9, 1.0)
+    assert credit.window == MAXIMUM_WINDOW
+    for _ in range(50):
+        now = take(credit, now, credit.window / 2 / rate, round_trip)
+    assert window <= credit.window <= 2 * window
+    assert budget.total - budget.left == credit.window - INITIAL_WINDOW
+
+
+def test_a_pause_of_the_sender_costs_no_window() -> None:
+    credit = ReceiveCredit(WindowBudget(MAXIMUM_WINDOW))
+    now = 0.0
+    for _ in range(20):
+        now = take(credit, now, credit.window / 2 / 50e6, 0.05)
+    before = credit.window
+    assert before > 4 * INITIAL_WINDOW
+    take(credit, now, 3600.0, 0.05)
+    assert credit.window == before
+
+
+def test_a_window_is_drained_when_nearly_all_has_come() -> None:
+    credit = ReceiveCredit(WindowBudget(0))
+    credit.receive(INITIAL_WINDOW * 7 // 8 - 1)
+    assert not credit.is_drained
+    credit.receive(1)
+    assert credit.is_drained
+    credit.grant(1.0, 0.1)
+    assert not credit.is_drained
 
 
 @pytest.mark.parametrize("round_trip", [None, 0.01])
@@ -93,20 +123,26 @@ def test_a_window_stays_when_the_budget_of_the_process_is_spent() -> None:
     assert credit.window == INITIAL_WINDOW
 
 
-@given(st.lists(st.tuples(st.integers(1, 2_000_000), st.booleans()), max_size=60), st.integers(0, 8 * MAXIMUM_WINDOW))
-def test_no_more_is_under_way_than_the_window(steps: list[tuple[int, bool]], total: int) -> None:
+@given(
+    st.lists(st.tuples(st.integers(1, 2_000_000), st.sampled_from([None, 0.001, 0.1, 9.0])), max_size=60),
+    st.integers(0, 8 * MAXIMUM_WINDOW),
+)
+def test_no_more_is_under_way_than_the_window(steps: list[tuple[int, float | None]], total: int) -> None:
+    """Whether it grows or falls: what is taken, after so many seconds or not at all, makes room."""
     budget = WindowBudget(total)
     sender, receiver = SendCredit(), ReceiveCredit(budget)
-    untaken = 0
-    for number, (size, takes) in enumerate(steps):
+    untaken, now = 0, 0.0
+    for size, takes in steps:
         sent = sender.spend(size)
         receiver.receive(sent)
         untaken += sent
         assert untaken <= receiver.window
-        if takes:
-            untaken = 0
-            limit = receiver.grant(number * 0.01, 0.1)
+        if takes is not None:
+            untaken, now = 0, now + takes
+            before = receiver.limit
+            limit = receiver.grant(now, 0.1)
             if limit is not None:
+                assert limit > before
                 sender.raise_limit(limit)
     assert budget.total - budget.left == receiver.window - INITIAL_WINDOW
 
