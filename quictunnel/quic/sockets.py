@@ -25,7 +25,12 @@ _LARGEST: Final = 65535
 "bytes of a datagram that are read; room that is not used costs nothing"
 
 _AT_ONCE: Final = 32
-"datagrams after which others get their turn on the event loop; what the kernel hands over in one piece is not torn"
+_BYTES_AT_ONCE: Final = 128 * 1024
+"""datagrams, or bytes of them, after which others get their turn on the event loop: a millisecond, of a transfer. What
+the kernel hands over in one piece is not torn."""
+
+_BURST: Final = 8
+"datagrams of one size in a whole turn, from which on trains are asked for"
 
 _TRIES: Final = 4
 "calls for one datagram, when errors that are not its own come in between"
@@ -337,11 +342,12 @@ class DatagramSocket:
         burst: list[bytes] = []
         source: Any = None
         room = _AT_ONCE
+        bytes_room = _BYTES_AT_ONCE
         receive = self._receive
         trains = self._trains
         told: list[tuple[int, int, bytes]] = []
         try:
-            while room > 0:
+            while room > 0 and bytes_room > 0:
                 try:
                     if trains:
                         data, told, _, address = self._sock.recvmsg(_LARGEST, _TOLD_SIZE)
@@ -356,6 +362,7 @@ class DatagramSocket:
                 if address != source or not bursts:
                     burst, source = [], address
                     bursts.append((burst, address))
+                bytes_room -= len(data)
                 size = _size_in_train(told) if told else 0
                 if 0 < size < len(data):
                     burst += [data[start : start + size] for start in range(0, len(data), size)]
@@ -363,7 +370,7 @@ class DatagramSocket:
                 else:
                     burst.append(data)
                     room -= 1
-            if room <= 0 and not trains:
+            if not trains and (room <= 0 or bytes_room <= 0):
                 self._ask_for_trains(burst)
             for burst, address in bursts:
                 if self.closed:
@@ -376,7 +383,7 @@ class DatagramSocket:
 
     def _ask_for_trains(self, burst: list[bytes]) -> None:
         """Have bursts handed over in one piece, once there are any: a lone datagram costs more to read then."""
-        if sys.platform == "linux" and len(burst) > _AT_ONCE // 2 and len(set(map(len, burst))) <= _SIZES_OF_TRAIN:
+        if sys.platform == "linux" and len(burst) >= _BURST and len(set(map(len, burst))) <= _SIZES_OF_TRAIN:
             with suppress(OSError):  # older than Linux 5.0
                 self._sock.setsockopt(socket.IPPROTO_UDP, _UDP_GRO, 1)
             self._trains = _gets_trains(self._sock)
