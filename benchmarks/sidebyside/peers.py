@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,6 +24,7 @@ from benchmarks.sidebyside import nginx
 from benchmarks.sidebyside.lines import Line, Lines
 from benchmarks.sidebyside.processes import ROOT, START_LIMIT, Process, Trouble, free_port, run
 from benchmarks.sidebyside.visitors import Target, answered
+from quictunnel.trust.certificates import ensure_server_certificate
 
 __all__ = ["BASELINE", "COMPILED", "DIRECT", "Peer", "Place", "Setup", "all_peers", "chosen"]
 
@@ -268,6 +270,38 @@ class Quictunnel(Peer):
         place.client = place.start("client", command)
 
 
+class Bare(Peer):
+    """A tunnel without a product (``bare``): how much of the cost is Python's and the library's."""
+
+    programs = ()
+    ready_line = "^ready"
+
+    def __init__(self, engine: str) -> None:
+        self.engine = engine
+        self.name, self.label = f"bare-{engine}", f"bare {engine}"
+        self.about = "QUIC (TLS 1.3), one connection; GETs of a few headers pass, with no checks, limits, credit or log"
+
+    def lacks(self) -> str:
+        return "" if importlib.util.find_spec(self.engine) else f"{self.engine} is not installed"
+
+    def version(self) -> str:
+        return f"{self.engine} {importlib.metadata.version(self.engine)}"
+
+    def command(self, role: str, setup: Setup, quic: int, http: int) -> list[str]:
+        identity = ensure_server_certificate(setup.directory / "identity", ["localhost"], datetime.now(UTC))
+        files = (str(identity.certificate), str(identity.key))
+        return [sys.executable, "-m", "benchmarks.sidebyside.bare", role, self.engine, str(quic), str(http), *files]
+
+    def serve(self, place: Place) -> None:
+        quic, http = free_port(), free_port()
+        place.server = place.start("server", self.command("server", place.setup, quic, http))
+        place.server.said(self.ready_line)
+        place.target, place.dial = Target(http), place.lines.udp(quic)
+
+    def connect(self, place: Place) -> None:
+        place.client = place.start("client", self.command("client", place.setup, place.dial, place.setup.backend))
+
+
 class Frp(Peer):
     """frps with a virtual host, so that it reads HTTP as the others that do."""
 
@@ -480,7 +514,8 @@ def all_peers() -> list[Peer]:
         for engine in ("aioquic", "qh3")
         for workers, plain in ((1, False), (2, False), (1, True))
     ]
-    return [Direct(), Nginx(), *engines, Frp("tcp"), Frp("quic"), Rathole(), Bore(), Chisel(), Piko()]
+    bare = [Bare(engine) for engine in ("aioquic", "qh3")]
+    return [Direct(), Nginx(), *engines, *bare, Frp("tcp"), Frp("quic"), Rathole(), Bore(), Chisel(), Piko()]
 
 
 def chosen(names: str) -> list[Peer]:

@@ -18,7 +18,7 @@ from benchmarks.sidebyside.bench import Bench, Places, Scale, quick
 from benchmarks.sidebyside.figures import Block, Case, Sample, View, ratios, spread
 from benchmarks.sidebyside.lines import Line, Lines
 from benchmarks.sidebyside.loads import Found, in_milliseconds, parse_h2load, parse_open_loop, parse_wrk
-from benchmarks.sidebyside.peers import Bore, Chisel, Frp, Peer, Piko, Place, Quictunnel, Rathole, chosen
+from benchmarks.sidebyside.peers import Bore, Chisel, Frp, Peer, Piko, Place, Quictunnel, Rathole, Setup, chosen
 from benchmarks.sidebyside.processes import ROOT, Process, Trouble, none_left, tidy
 from benchmarks.sidebyside.report import Results, as_markdown, read, write
 from benchmarks.sidebyside.visitors import Target, Visitor, answered, held, parse_head, transfer
@@ -587,3 +587,15 @@ def test_a_quick_run_measures_the_tunnel(tmp_path: Path) -> None:
     assert (idle["opened"], idle["stayed"]) == (50, 50)
     far = found.blocks["distance"].of("quictunnel-qh3-plain", "50")[0].values
     assert far["warm"] >= 50
+
+
+def test_a_bare_tunnel_passes_requests_on_each_engine(tmp_path: Path, backend: Target) -> None:
+    """So what it is compared by is a tunnel; another answer is Trouble."""
+    for peer in chosen("bare"):
+        with (
+            peer.placed(Setup(tmp_path / peer.name, backend.port), "/", 100) as place,
+            Visitor(place.target) as visitor,
+        ):
+            for _ in range(3):
+                visitor.ask("/", 100)
+            place.alive()
