@@ -80,6 +80,9 @@ _CONTROL_BURST: Final = 256
 _CONTROL_RATE: Final = 10.0
 "a second"
 
+_EARLY: Final = 0.001
+"seconds that a timer of the event loop may fire too early"
+
 _REASON_LIMIT: Final = 200
 "characters of the peer's last words that are passed on"
 
@@ -220,6 +223,7 @@ class Link:
         self._scheduled = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
+        self._ahead = 0.0  # what the library was told that the time is, where the loop's clock has not come so far
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "ready" if self.ready else "handshake"
@@ -476,7 +480,7 @@ class Link:
                     leg.flush(connection)
             if self._control_out and self.ready:
                 self._flush_control()
-        now = self._loop.time()
+        now = self._now()
         self._transmit(now)
         self._arm(connection.get_timer(), now)
 
@@ -526,15 +530,24 @@ class Link:
             self._timer_at = at
             self._timer = self._loop.call_at(max(at, now), self._timer_fired)
 
+    def _now(self) -> float:
+        """The time as the library is to have it: it never goes back.
+
+        uvloop's clock stands still within a turn and counts milliseconds, to which timers are rounded. One that was
+        due in half a millisecond fires at once, again and again, if the clock then says that it is not due.
+        """
+        return max(self._loop.time(), self._ahead)
+
     def _timer_fired(self) -> None:
         self._timer = None
         if self.terminated:
             return
         try:
             at = self._connection.get_timer()
-            now = self._loop.time()
-            if at is not None and at <= now + 0.001:
-                self._connection.handle_timer(now=max(at, now))
+            now = self._now()
+            if at is not None and at <= now + _EARLY:
+                self._ahead = max(at, now)
+                self._connection.handle_timer(now=self._ahead)
                 self._events()
                 self._watch_path()
                 self.schedule()
@@ -560,7 +573,7 @@ class Link:
     def _take(self, datagrams: list[bytes], address: Any) -> None:
         if self.terminated:
             return
-        self.heard_at = now = self._loop.time()
+        self.heard_at = now = self._now()
         self.refused = False
         if address != self.address:
             self._moved(address)
@@ -833,7 +846,7 @@ class Link:
         # What can still be said is that it is over: a peer that is not told waits for its idle time-out.
         with suppress(Exception):
             self._connection.close(error_code=ErrorCode.INTERNAL_ERROR, reason_phrase="internal error")
-            self._transmit(self._loop.time())
+            self._transmit(self._now())
         self.abandon(LinkClosed(ErrorCode.INTERNAL_ERROR, f"{type(error).__name__}: {error}"))
 
     def _lost(self, why: LinkClosed) -> None:
