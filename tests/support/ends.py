@@ -4,6 +4,7 @@ Only datagrams are caught, where the sockets of ``quic`` would hand them to the 
 """
 
 import asyncio
+import heapq
 import socket
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -98,6 +99,9 @@ class Datagrams:
         self.tells = True
         "whether a sender learns that nobody listens where it sends (ICMP)"
 
+        # A loop calls what is due at the same moment in any order, and a network keeps a burst's.
+        self._under_way: list[tuple[float, int, list[bytes], Endpoint, Address]] = []
+        self._carried = 0
         self._unread: dict[tuple[Endpoint, Address], list[bytes]] = {}
         self._outside: dict[Address, Address] = {}  # as what others see an address, where a NAT is before it
         self._inside: dict[Address, Address] = {}
@@ -119,9 +123,13 @@ class Datagrams:
         datagrams = [data]
         if self.busy:
             self._unread[source, destination] = datagrams
-        self._loop.call_later(self.delay, self._deliver, datagrams, source, destination)
+        due = self._loop.time() + self.delay
+        self._carried += 1
+        heapq.heappush(self._under_way, (due, self._carried, datagrams, source, destination))
+        self._loop.call_at(due, self._deliver)
 
-    def _deliver(self, datagrams: list[bytes], source: Endpoint, destination: Address) -> None:
+    def _deliver(self) -> None:
+        _, _, datagrams, source, destination = heapq.heappop(self._under_way)
         self._unread.pop((source, destination), None)
         inside = self._inside.get(destination, destination)
         hidden = inside == destination and destination in self._outside

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import gc
+import heapq
 import math
 import resource
 import tempfile
@@ -149,6 +150,9 @@ class Network:
         self.listener._socket = _Socket(lambda data, address: self._to_client(bytes(data), address))  # type: ignore[assignment]
         self.listener._datagram_limit = lambda address: self.first_hop  # type: ignore[method-assign]
         self.clients: dict[Any, Link] = {}
+        # A loop calls what is due at the same moment in any order, and a network keeps a burst's.
+        self._under_way: list[tuple[float, int, Callable[[bytes, Any], None], bytes, Any]] = []
+        self._carried = 0
 
     def dial(self, trust: ClientTrust | None = None) -> Link:
         """A client's link, its handshake begun."""
@@ -204,7 +208,14 @@ class Network:
         if not self.lose(data, to_server):
             now = self.loop.time()
             self._free_at[to_server] = max(now, self._free_at[to_server]) + len(data) / self.rate
-            self.loop.call_at(self._free_at[to_server] + self.delay, receive, data, source)
+            due = self._free_at[to_server] + self.delay
+            self._carried += 1
+            heapq.heappush(self._under_way, (due, self._carried, receive, data, source))
+            self.loop.call_at(due, self._deliver)
+
+    def _deliver(self) -> None:
+        _, _, receive, data, source = heapq.heappop(self._under_way)
+        receive(data, source)
 
 
 def opened(network: Network, link: Link, *frames: Frame) -> tuple[StreamLeg, Recorder]:
