@@ -3,6 +3,7 @@
 import copy
 import os
 from collections import OrderedDict, deque
+from math import inf
 from typing import Any, Final
 
 from qh3.quic.connection import QuicConnection, QuicConnectionError
@@ -27,6 +28,9 @@ _PIECE: Final = 4096
 _ALONE: Final = 65_536
 "the same for a stream that waits alone"
 
+_BRIEF: Final = 600
+"bytes of a packet that has room for more: what is not in it was not there"
+
 _HEADERS: Final = 80
 _FRAME: Final = 28
 "bytes of a packet that are not stream data, and of each piece of stream data in it"
@@ -35,6 +39,15 @@ _CRYPTO: Final = 900
 "bytes of a handshake in one datagram of 1200"
 
 _NO_ROOM: Final = "packet builder capacity exhausted"
+
+_ACK_WAIT: Final = 0.001
+"seconds that the acknowledgement of a small datagram waits for an answer to leave with, as long as qh3 delays one"
+
+_NEWS_WAIT: Final = 0.025
+"the same for what the peer has no need of yet: RFC 9000 section 18.2's default of max_ack_delay"
+
+_ROUNDED: Final = 1e-6
+"seconds by which a timer is late, so that it is due on qh3's clock when it is on the caller's"
 
 _UNANSWERED: Final = 2
 "time-outs of a handshake that nobody has answered until it is begun anew"
@@ -60,6 +73,11 @@ class ReinedConnection(QuicConnection):
     that its first hop carries, its handshake goes out in pieces, and until that size is proved it is handed no more at
     a time than fits a smaller one. Its own search knows nothing above 1472 bytes, takes place in clients only, and ends
     for good with the first loss; it is not used. tests/quic/test_path_mtu.py watches over it.
+
+    It paces: a window's worth of datagrams in a round trip, and whenever it is asked for one that counts as one of full
+    size, even if it is a small one and even if there is none. At a distance a lone request waited for half a round
+    trip. So it is not asked needlessly, and while nothing is under way its clock is put forward by as long as it takes
+    to forget what it was asked. tests/quic/test_round_trips.py watches over it.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -77,6 +95,13 @@ class ReinedConnection(QuicConnection):
         self._cautious = 0
         self._losses = 0  # when it was last asked
         self._may_end = True  # something may be under way on streams other than the control stream
+        self._settled = False  # nothing has changed since there was nothing more to send
+        self._heard = False  # but that small datagrams were received
+        self._late = inf  # when what follows from that has to be sent, on qh3's clock
+        self._lost = 0  # packets, when it was last looked
+        self._hasty = 0  # bursts since then, counted down
+        self._asked = 0  # datagrams that count for the pacer
+        self._ahead = 0.0  # seconds of qh3's clock before the caller's
 
     # Sending
 
@@ -118,27 +143,61 @@ class ReinedConnection(QuicConnection):
         if core is None:
             return []
         datagrams, self._early = self._early, []
-        poll = core.poll_transmit
         self._left = None
+        now += self._ahead
+        if not self._probes and (self._settled or (self._heard and self._may_wait(now))):
+            return datagrams
+        self._late = inf
+        poll = core.poll_transmit
+        asked = 0
         try:
             while True:
-                more = False
-                while (transmit := poll(now)) is not None:
-                    more = True
-                    datagrams.append((transmit[0], transmit[1]))
-                if self._waiting and (more or self._left is None):
-                    self._feed()
-                elif self._probes and self._handshake_complete:
+                fed = self._feed() if self._waiting else False
+                if asked and not fed:
+                    if not self._probes or not self._handshake_complete:
+                        break
                     self._probe(now, datagrams)
-                else:
-                    self._left = None
-                    return datagrams
+                asked += 1
+                while (transmit := poll(now)) is not None:
+                    datagrams.append((transmit[0], transmit[1]))
+                    if self._heard and len(transmit[0]) < _BRIEF and not self._waiting:
+                        break  # what follows from small datagrams is in it
+                    asked += 1
+            self._settled, self._heard = True, False
+            return datagrams
         except RuntimeError as error:
             # What waits first is larger than may be sent to an address that is not proved yet, three times what came
             # from there. More is about to come.
             if self._handshake_complete and _NO_ROOM in str(error):
                 return datagrams
             raise _broken(error) from error
+        finally:
+            self._left = None
+            self._asked += asked
+
+    def _may_wait(self, now: float) -> bool:
+        """Whether what was received leaves nothing to send that needs haste.
+
+        An answer may be on its way that takes the acknowledgement with it. Where there is none to send, nothing is
+        under way, and what there may be to say is that a stream has ended and the peer may begin another one.
+        """
+        core = self._core
+        assert core is not None
+        lost = core.loss_total + core.pto_total
+        if lost != self._lost:
+            self._lost = lost
+            self._hasty = _CAUTIOUS
+        elif self._hasty:
+            self._hasty -= 1
+        elif not self._waiting and (timer := core.get_timer()) is not None and core.get_send_buffer_size() == 0:
+            if timer[0] == "idle":
+                self._late = min(self._late, now + _NEWS_WAIT)
+            elif timer[0] == "ack_application":
+                self._late = min(self._late, now + _ACK_WAIT)
+            else:
+                return False
+            return now < self._late
+        return False
 
     def may_take_several(self) -> bool:
         """Whether nothing waits that could become needless by what is to be received.
@@ -165,7 +224,9 @@ class ReinedConnection(QuicConnection):
         super().stop_stream(stream_id, error_code)
 
     def get_send_buffer_size(self, stream_id: int | None = None) -> int:
+        before = self._settled, self._heard
         size: int = super().get_send_buffer_size(stream_id)
+        self._settled, self._heard = before
         if stream_id is None:
             return size + sum(len(piece) for pieces in self._waiting.values() for piece in pieces)
         waiting = self._waiting.get(stream_id)
@@ -180,17 +241,29 @@ class ReinedConnection(QuicConnection):
         """Bytes that may be handed over now."""
         core = self._core
         assert core is not None
+        window, under_way = core.congestion_window, core.bytes_in_flight
+        if not under_way and self._asked:
+            self._rest(window)
         queued = core.get_send_buffer_size()
-        room = int(core.congestion_window * _SHARE) - core.bytes_in_flight - queued
+        room = int(window * _SHARE) - under_way - queued
         if self._held:
             return min(room, self._held - _HEADERS - _FRAME - queued)
         return room
 
-    def _feed(self) -> None:
-        """Hand over what fits, a piece of each stream in turn."""
+    def _rest(self, window: int) -> None:
+        """Let time pass for the pacer. Nothing is under way: no round trip becomes longer by it, and no timer runs."""
+        core = self._core
+        assert core is not None
+        spent = self._asked * self._configuration.max_datagram_size
+        self._asked = 0
+        self._ahead += (core.smoothed_rtt or 0.0) * min(1.0, spent / window)
+
+    def _feed(self) -> bool:
+        """Hand over what fits, a piece of each stream in turn; whether that is anything."""
         core, waiting = self._core, self._waiting
         assert core is not None
         room = self._room()
+        fed = room > 0
         while room > 0 and waiting:
             stream_id, pieces = waiting.popitem(last=False)
             size = min(room, _PIECE if waiting else _ALONE)
@@ -210,7 +283,7 @@ class ReinedConnection(QuicConnection):
                 core.send_stream(stream_id, piece, last)
             except (ValueError, AssertionError):
                 self._drop(stream_id)  # its event is still to come
-        self._left = room
+        return fed
 
     def _drop(self, stream_id: int) -> None:
         self._waiting.pop(stream_id, None)
@@ -219,7 +292,7 @@ class ReinedConnection(QuicConnection):
     # Receiving
 
     def receive_datagram(self, data: bytes, addr: Any, now: float) -> None:
-        self._now = now
+        self._now = now = now + self._ahead
         if not data:
             return
         if not self._handshake_complete or data[0] & 0x80:
@@ -228,20 +301,31 @@ class ReinedConnection(QuicConnection):
         # Nothing but packets with a short header, of which a datagram has one: what qh3 looks for before is not there.
         core = self._core
         assert core is not None
+        self._heard = (self._heard or self._settled) and len(data) < BASE
+        self._settled = False
         try:
             core.receive_datagram(data, addr, now, len(data))
         except RuntimeError as error:
             raise _broken(error) from error
         self._drain_core()
 
+    def receive_many_datagrams(self, datagrams: list[bytes], addr: Any, now: float) -> None:
+        super().receive_many_datagrams(datagrams, addr, now + self._ahead)
+
     def connect(self, addr: Any, now: float) -> None:
         self._now = now
         super().connect(addr, now)
 
+    def get_timer(self) -> float | None:
+        at: float | None = super().get_timer() if self._late == inf else self._late
+        return at if at is None or not self._ahead else at - self._ahead + _ROUNDED
+
     def handle_timer(self, now: float) -> None:
-        self._now = now
+        self._now = now = now + self._ahead
+        heard = self._heard
         super().handle_timer(now)
         core = self._core
+        self._heard = heard and core is not None and core.loss_total + core.pto_total == self._lost
         if not self._held or self._handshake_complete or core is None or not core.pto_total:
             return
         # A busy machine, or packets of 1280 bytes on a path that carries less: they have as many where they may, and
@@ -384,6 +468,7 @@ class ReinedConnection(QuicConnection):
     # The handshake
 
     def _call_core(self, operation: Any, *args: Any) -> Any:
+        self._settled = self._heard = False
         if self._held and not self._handshake_complete and operation.__name__ == "send_crypto":
             epoch, offset, data = args
             for start in range(0, len(data), _CRYPTO):
