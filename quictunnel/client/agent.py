@@ -24,6 +24,7 @@ from quictunnel.client.health import HealthCheck
 from quictunnel.client.keeper import FAST_PING_EVERY, Keeper, Slot
 from quictunnel.client.reach import LONGEST_RETRY, QUICK_FOR, QUICK_RETRY, Backoff, Place, Race
 from quictunnel.log import escape
+from quictunnel.quic.attention import Attention
 from quictunnel.quic.dial import DialError, Way, dial, resolve
 from quictunnel.quic.engine import ClientTrust, Engine
 from quictunnel.quic.link import Link, LinkClosed, LinkOwner
@@ -184,6 +185,7 @@ class Agent(LinkOwner):
         self._early: dict[Link, list[ControlMessage]] = {}  # said before the answer was looked at
         self._wanted: dict[int, int] = {}  # how many links each of them wants, if it has said
         self._tickets = Tickets(TICKETS)
+        self._attention = Attention()
         self._at = 0  # which of the servers this session is with
         self._untrusted: set[Place] = set()
         self._alone = asyncio.Lock()
@@ -216,6 +218,7 @@ class Agent(LinkOwner):
 
     async def run(self) -> None:
         """Serve until ``stop``. Raises FinalRefusal when the server will never have this client."""
+        self._attention.start()
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
@@ -225,6 +228,7 @@ class Agent(LinkOwner):
             raise failures.exceptions[0] from None
         finally:
             self._group = None
+            self._attention.close()
             for link in list(self._open_links):
                 link.close(ErrorCode.NO_ERROR, "the client stops")
                 link.abandon(LinkClosed(0, ""))
@@ -487,6 +491,7 @@ class Agent(LinkOwner):
                     timeout=left,
                     worker=worker,
                     tickets=self._tickets,
+                    attention=self._attention,
                     on_way=on_way,
                 )
             except DialError as error:
@@ -653,6 +658,7 @@ class Agent(LinkOwner):
         self._slots[keeper.slot] = keeper
         self._keepers[keeper.link] = keeper
         keeper.beside = lambda: len(self._keepers) // self._workers
+        keeper.heard_beside = partial(self._heard_beside, keeper)
         keeper.on_missing = partial(self._missing, keeper)
         if self._group is not None:
             self._group.create_task(keeper.tend(), name=f"keeper {keeper.slot.worker}.{keeper.slot.number}")
@@ -671,6 +677,17 @@ class Agent(LinkOwner):
             self._announce_when_whole(welcome)
         for message in self._early.pop(keeper.link, ()):
             self._told(keeper, message)
+
+    def _heard_beside(self, keeper: Keeper) -> float:
+        """When another link to the same process was heard last."""
+        return max(
+            (
+                each.link.heard_at
+                for each in self._keepers.values()
+                if each is not keeper and (each.place, each.slot.worker) == (keeper.place, keeper.slot.worker)
+            ),
+            default=0.0,
+        )
 
     def _missing(self, keeper: Keeper) -> None:
         """An answer is missing on a link: if it is the server that is gone, it is so on the others."""

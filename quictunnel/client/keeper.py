@@ -49,7 +49,14 @@ MOVE_AFTER: Final = 1.2
 MOVE_EVERY: Final = 2.0
 TROUBLED_MOVE_EVERY: Final = 1.0
 """seconds: of silence with a fast ping missing after which a link goes on over another socket, and then again, sooner
-if its packets cannot leave. Not oftener: qh3's server follows a connection to three other addresses and no further."""
+if its packets cannot leave"""
+
+MOVES: Final = 2
+"""in one silence. The first is made because a path is what fails most often. But it may be the server that is held up,
+and will read all that was sent to it: each move is then a change of address for it to follow, and qh3's follows three.
+So another is made only when the server is heard on other links, and"""
+PROVED_AFTER: Final = 1.0
+"seconds for which it is: when it comes to itself, not all are heard at once"
 
 
 _GOLDEN: Final = 0.618
@@ -95,11 +102,14 @@ class Keeper:
         self._woken = asyncio.Event()  # for its own task
         self._pings: list[float] = []  # sent, of late
         self.beside: Callable[[], int] = lambda: 1  # how many links go to the same process, this one among them
+        self.heard_beside: Callable[[], float] = lambda: 0.0  # when another of them was heard last
         self.on_missing: Callable[[], None] = lambda: None  # an answer is missing
         self._missed = False  # which was told
         self._alarmed = False  # one is missing on another link
         self._pinged_at = self.since
         self._moved_at = 0.0
+        self._moves = 0  # in this silence
+        self._proved_at = 0.0  # when it was first seen that the server is heard on other links
         self._begun = 0  # exchanges, when it was last looked
         self._busy_until = 0.0
         self._part_by = 0.0
@@ -259,10 +269,29 @@ class Keeper:
             return True
         # Of the pings that are missing the last one may have been sent just now. And where nobody listens, another
         # socket is none the better for it.
-        return not self.link.refused and self.link.silent_for() >= MOVE_AFTER and len(self._missing()) > 1
+        if self.link.refused or self.link.silent_for() < MOVE_AFTER or len(self._missing()) < 2:
+            return False
+        if self._moved_at <= self.link.heard_at:
+            self._moves = 0
+            self._proved_at = 0.0
+        # A server that has had it drain may follow it once more.
+        if not self._moves and not self.link.draining:
+            return True
+        return self._moves < MOVES and self._is_heard_beside()
+
+    def _is_heard_beside(self) -> bool:
+        """Whether the server has been heard on other links for a while in this silence: it is the path that fails."""
+        if self.heard_beside() <= max(self._moved_at, self.link.heard_at + MOVE_AFTER):
+            return False
+        now = self._loop.time()
+        if not self._proved_at:
+            self._proved_at = now
+        return now - self._proved_at >= PROVED_AFTER
 
     def _move(self) -> None:
         self._moved_at = self._loop.time()
+        self._moves += 1
+        self._proved_at = 0.0
         self._has_trouble = False
         try:
             self.way.move()

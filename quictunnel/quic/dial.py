@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple
 
 from loguru import logger
 
+from quictunnel.quic.attention import Attention
 from quictunnel.quic.engine import ClientTrust, Engine
 from quictunnel.quic.link import Link, LinkClosed, LinkOwner
 from quictunnel.quic.path_mtu import BASE, forbid_fragments, route_limit
@@ -22,6 +23,13 @@ __all__ = ["DialError", "Endpoint", "Way", "dial", "resolve"]
 
 ADDRESSES: Final = 4
 "of one host, at most, that are tried"
+
+OLD_SOCKETS: Final = 3
+"of a way that are open beside its present one: as many as the other addresses that qh3's server follows a client to"
+
+OLD_SOCKET_TIME: Final = 4.0
+"""seconds that they stay open once something has come by the present one: some round trips, and a repetition or two of
+what was sent there"""
 
 # TLS alerts as QUIC errors (RFC 9001 section 4.8, RFC 8446 section 6.2).
 _CRYPTO_ERROR: Final = 0x100
@@ -78,6 +86,11 @@ class Way:
     When any of them goes, ``move`` opens another: the link goes on over it with all its streams, because a QUIC
     connection is told by its connection ids and not by where its packets come from (RFC 9000 section 9). The id that
     packets are sent to stays the same: it is what a server of several processes steers them by.
+
+    The sockets before it stay open for a while, for a server that was only held up: it reads what was sent from each
+    of them in turn, and answers there. Were one closed, ICMP would tell the server that nobody listens; and qh3's
+    server falls silent for good when an address that it asks for a sign of life (PATH_CHALLENGE, RFC 9000 section 8.2)
+    gives none.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -91,12 +104,13 @@ class Way:
 
         self._socket: DatagramSocket | None = None
         self._whole = False  # datagrams leave in one piece or not at all
-        self._before: DatagramSocket | None = None  # until something comes by the new one: it may be the better
+        self._old: list[DatagramSocket] = []  # the newest last
+        self._closer: asyncio.TimerHandle | None = None  # of those
 
     @property
     def sockets(self) -> int:
         """How many are open."""
-        return (self._socket is not None) + (self._before is not None)
+        return (self._socket is not None) + len(self._old)
 
     def open(self) -> None:
         """Open a socket to the endpoint. Raises DialError."""
@@ -111,9 +125,10 @@ class Way:
         opened = DatagramSocket(
             sock, lambda datagrams, _: self._received(datagrams, opened), lambda error: self._failed(error, opened)
         )
-        if self._before is not None:
-            self._before.close()
-        self._before, self._socket = self._socket, opened
+        if self._socket is not None:
+            self._old.append(self._socket)
+        self._socket = opened
+        self._keep(OLD_SOCKETS)
 
     def move(self) -> None:
         """Go on over another socket. Raises DialError, and goes on over the old one."""
@@ -125,9 +140,8 @@ class Way:
 
     def _received(self, datagrams: list[bytes], by: DatagramSocket) -> None:
         self.heard = True
-        if self._before is not None and by is self._socket:
-            self._before.close()
-            self._before = None
+        if self._old and by is self._socket and self._closer is None:
+            self._closer = asyncio.get_running_loop().call_later(OLD_SOCKET_TIME, self._keep, 0)
         self.link.datagrams_received(datagrams, self.endpoint.address)
 
     def _failed(self, error: OSError, by: DatagramSocket) -> None:
@@ -151,13 +165,18 @@ class Way:
             self._socket.send_all(datagrams)
 
     def terminated(self, link: Link) -> None:
-        self._close()
+        self._keep(0)
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
 
-    def _close(self) -> None:
-        for each in (self._socket, self._before):
-            if each is not None:
-                each.close()
-        self._socket = self._before = None
+    def _keep(self, count: int) -> None:
+        """Close all old sockets but so many."""
+        if self._closer is not None:
+            self._closer.cancel()
+            self._closer = None
+        while len(self._old) > count:
+            self._old.pop(0).close()
 
     def drop(self) -> None:
         """Say goodbye, and be done with the link without waiting for an answer."""
@@ -196,12 +215,13 @@ async def dial(
     timeout: float,
     worker: tuple[int, int] | None = None,
     tickets: Tickets | None = None,
+    attention: Attention | None = None,
     on_way: Callable[[Way], None] = lambda way: None,
 ) -> Way:
     """Open a link to a server's address and verify it, within ``timeout`` seconds. Raises DialError.
 
     ``worker`` is which of how many processes of the server is meant, None for any; ``tickets`` make further handshakes
-    with it cheap. ``on_way`` is called with the way as soon as it is begun on.
+    with it cheap; ``attention`` is the link's. ``on_way`` is called with the way as soon as it is begun on.
     """
     loop = asyncio.get_running_loop()
     way = Way(endpoint)
@@ -219,7 +239,14 @@ async def dial(
     except DialError as error:
         raise DialError(f"{endpoint}: {error}") from None
     link = way.link = Link(
-        engine, connection, way.send_all, waiter, budget, is_client=True, datagram_limit=way.datagram_limit
+        engine,
+        connection,
+        way.send_all,
+        waiter,
+        budget,
+        is_client=True,
+        datagram_limit=way.datagram_limit,
+        attention=attention,
     )
     link.on_terminated = way.terminated
     way.on_trouble = lambda: waiter.fail(DialError("there is no route to it"))

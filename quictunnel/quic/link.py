@@ -17,6 +17,7 @@ from mypy_extensions import mypyc_attr
 
 from quictunnel.exchange import VOID
 from quictunnel.log import escape
+from quictunnel.quic.attention import Attention
 from quictunnel.quic.engine import STREAM_OVER, Connection, Engine
 from quictunnel.quic.path_mtu import BASE, PROBE_UIDS, PathMtu
 from quictunnel.quic.sockets import QUOTED
@@ -41,6 +42,9 @@ SLOTS: Final = 100
 
 SUSPECT_AFTER: Final = 4.0
 "seconds of silence, on either end, after which another link is preferred: more than two pings of a client are missing"
+
+_SHORT: Final = 1.0
+"seconds of silence that nobody draws a conclusion from"
 
 STALL_TIME: Final = 300.0
 "seconds in which a receiver may grant nothing to what waits for its credit; a visitor has as long to take an answer"
@@ -149,8 +153,12 @@ class Link:
         *,
         is_client: bool,
         datagram_limit: Callable[[Any], int] = lambda address: BASE,
+        attention: Attention | None = None,
     ) -> None:
-        """``datagram_limit`` says how large a datagram may be to leave for an address: larger ones are not tried."""
+        """``datagram_limit`` says how large a datagram may be to leave for an address: larger ones are not tried.
+
+        ``attention`` knows when the peer could not have been heard; None: it always could.
+        """
         self.engine = engine
         self._burst = engine.burst
         self.is_client = is_client
@@ -190,6 +198,7 @@ class Link:
         self.on_address: Callable[[Link, Any], None] = lambda link, before: None
 
         # liveness, in seconds of the loop's clock
+        self._attention = attention
         self.heard_at = self._loop.time()
         self.refused = False  # ICMP said that nobody listens at the peer's port; what comes from the peer refutes it
         self.refused_from = 0  # while it is: datagrams of this number and later ones did not arrive
@@ -285,8 +294,18 @@ class Link:
         return self._refused_last - self._refused_at if self.refused else 0.0
 
     def silent_for(self) -> float:
-        """Seconds since the peer was heard; endless when its host says that nobody listens."""
-        return inf if self.refused else self._loop.time() - self.heard_at
+        """Seconds since the peer was heard, without those in which it could not have been.
+
+        Endless when its host says that nobody listens.
+        """
+        if self.refused:
+            return inf
+        silent = self._loop.time() - self.heard_at
+        return silent if silent < _SHORT else self.listened_since(self.heard_at)
+
+    def listened_since(self, then: float) -> float:
+        """Of the seconds since ``then``, those in which the peer could have been heard."""
+        return self._loop.time() - then if self._attention is None else self._attention.seconds_since(then)
 
     # What others ask of a link
 
@@ -853,6 +872,7 @@ class Link:
         if self.closed is not None:
             return
         self.closed = why
+        logger.debug("= {!r} ends with {} exchanges: {}", self, len(self._legs), escape(str(why)))
         legs, self._legs = list(self._legs.values()), {}
         for leg in legs:
             leg.link_lost()

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from loguru import logger
 
+from quictunnel.quic.attention import Attention
 from quictunnel.quic.engine import CONNECTION_ID_LENGTH, Connection, Engine, ServerIdentity
 from quictunnel.quic.first_packets import (
     InitialHeader,
@@ -88,6 +89,7 @@ class LinkListener:
         self._at: dict[Any, dict[Link, None]] = {}  # by where the client's last datagram came from
         self._half_open: dict[Link, float] = {}  # since when
         self._sweeper: asyncio.TimerHandle | None = None
+        self._attention = Attention()
         self.predecessor: Predecessor | None = None  # whose links' datagrams come here
         self.successor: Successor | None = None
 
@@ -99,7 +101,10 @@ class LinkListener:
             sock = await self._bind(host, port, reuse_port)
         enlarge_buffers(sock)
         self._whole = forbid_fragments(sock)
-        self._socket = DatagramSocket(sock, self.datagrams_received, self._failed, self._refused)
+        self._socket = self._attention.socket = DatagramSocket(
+            sock, self.datagrams_received, self._failed, self._refused
+        )
+        self._attention.start()
         self._sweep()
         bound = sock.getsockname()
         return bound[0], bound[1]
@@ -161,6 +166,7 @@ class LinkListener:
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
+        self._attention.close()
         if self._socket is not None:
             self._socket.close()
         if self.successor is not None:
@@ -263,6 +269,7 @@ class LinkListener:
             self.budget,
             is_client=False,
             datagram_limit=self._datagram_limit,
+            attention=self._attention,
         )
         link.on_connection_id = self._connection_id
         link.on_address = self._address

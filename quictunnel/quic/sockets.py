@@ -39,6 +39,9 @@ QUOTED: Final = 24
 """bytes of a refused datagram that prove that it was one: in a packet with a short header, a connection id and 15 that
 are encrypted. Hosts quote hundreds (RFC 1812 section 4.3.2.3); those that quote only UDP's header prove nothing."""
 
+_ROOM_EACH: Final = 512
+"bytes at least that a kernel counts for a datagram that waits, beside its own"
+
 _REFUSALS_AT_ONCE: Final = 64
 "refusals that are read before others get their turn; the kernel keeps the rest, within the receive buffer"
 
@@ -225,6 +228,12 @@ class DatagramSocket:
         self._trains = False  # the kernel may hand over several datagrams in one piece
         self._error: OSError | None = None  # not told yet
         self._shaken = False  # there was an error since the last wake-up
+        # Once a wake-up has left something unread: up to when all that came has been read, and since when all that came
+        # before a later moment has to be read, of so many bytes at most.
+        self._read_until: float | None = None
+        self._marked_at = 0.0
+        self._read_since = 0
+        self._may_wait = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
         self.closed = False
         self.reading = False
         self.dropped = 0
@@ -245,6 +254,7 @@ class DatagramSocket:
         if self.reading:
             self.reading = False
             self._loop.remove_reader(self._fd)
+        self._read_until = None  # what waits now is another's
 
     def resume(self) -> None:
         """Read again."""
@@ -346,6 +356,7 @@ class DatagramSocket:
         receive = self._receive
         trains = self._trains
         told: list[tuple[int, int, bytes]] = []
+        whole = True
         try:
             while room > 0 and bytes_room > 0:
                 try:
@@ -372,14 +383,36 @@ class DatagramSocket:
                     room -= 1
             if not trains and (room <= 0 or bytes_room <= 0):
                 self._ask_for_trains(burst)
+            whole = self._has_read_all(room, bursts)
             for burst, address in bursts:
                 if self.closed:
                     break
                 self._received(burst, address)
         finally:
             if self._shaken or not bursts:
-                self._read_refusals()  # after what has come: whoever sent that and is gone is refused
+                if whole:
+                    self._read_refusals()  # after what has come: whoever sent that and is gone is refused
                 self._rearm()
+                self._shaken = not whole
+
+    def read_until(self, now: float) -> float:
+        """Up to when everything that came has been handed over: ``now`` unless something waits that came before."""
+        return now if self._read_until is None else self._read_until
+
+    def _has_read_all(self, room: int, bursts: list[tuple[list[bytes], Any]]) -> bool:
+        """Whether all is read that waited some while ago: a queue that never gets empty has an end all the same."""
+        if room > 0:
+            self._read_until = None
+            return True
+        now = self._loop.time()
+        if self._read_until is None:
+            self._read_until = self._marked_at = now
+            self._read_since = 0
+        self._read_since += sum(len(data) + _ROOM_EACH for burst, _ in bursts for data in burst)
+        if self._read_since < self._may_wait:
+            return False
+        self._read_until, self._marked_at, self._read_since = self._marked_at, now, 0
+        return True
 
     def _ask_for_trains(self, burst: list[bytes]) -> None:
         """Have bursts handed over in one piece, once there are any: a lone datagram costs more to read then."""

@@ -72,7 +72,7 @@ class Prober:
                 # A silent one is suspect, and may only be far away for a while. And where anything moves on other
                 # streams, the probe's packet was lost, or waits behind much else.
                 self._asked[link] = (now, leg)
-            elif now - since > PROBE_TIME:
+            elif link.listened_since(since) > PROBE_TIME:
                 del self._asked[link]
                 link.close(ErrorCode.INTERNAL_ERROR, f"a probe of this link was not answered within {PROBE_TIME:g} s")
 

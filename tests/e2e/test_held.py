@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,56 @@ def test_requests_that_stay_open_are_all_answered(engine: str, processes: Proces
 @pytest.mark.slow
 def test_two_thousand_requests_that_stay_open_are_all_answered(engine: str, processes: Processes) -> None:
     play(engine, processes, 2000)
+
+
+# A process that does not run for a while
+
+
+@pytest.mark.either
+def test_server_that_was_stopped_for_a_while_loses_none_of_them(engine: str, processes: Processes) -> None:
+    held_up(engine, processes, "server", 6.0, 60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", ["server", "client", "both"])
+def test_processes_that_were_stopped_for_long_lose_none_of_them(engine: str, processes: Processes, side: str) -> None:
+    # A link whose requests do not arrive is closed within ten seconds.
+    held_up(engine, processes, side, 18.0, 500, after=12.0)
+
+
+def held_up(engine: str, processes: Processes, side: str, seconds: float, count: int, after: float = 0.0) -> None:
+    """So many of each kind are open while a process of a side, or of both, is stopped; then all are answered."""
+    descriptors(4 * count + 500)
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        runner.run(_held_up(engine, processes, side, seconds, count, after))
+
+
+async def _held_up(engine: str, processes: Processes, side: str, seconds: float, count: int, after: float) -> None:
+    async with held_backend() as backend:
+        connect = ("--max-links", "128")
+        tunnel = await asyncio.to_thread(processes.tunnel, backend.target, (engine, engine), connect=connect)
+        crowds = {kind: Crowd(tunnel.address) for kind in KINDS}
+        for kind, crowd in crowds.items():
+            await crowd.come(kind, count)
+            await backend.reached(kind, count)
+        sides = {"server": [tunnel.server.process], "client": [tunnel.client.process]}
+        stopped = sides.get(side) or [*sides["server"], *sides["client"]]
+        for process in stopped:
+            process.signal(signal.SIGSTOP)
+        await asyncio.sleep(seconds)
+        for process in stopped:
+            process.signal(signal.SIGCONT)
+        assert await ask(tunnel.address, "/") == b"ok"
+        await asyncio.sleep(after)
+        assert [each.received for crowd in crowds.values() for each in crowd.refused] == []
+        for kind in KINDS:
+            await backend.reached(kind, count)
+        for each in crowds["websocket"].visitors:
+            each.say()
+        assert await ask(tunnel.address, "/release") == b"%d" % count
+        for crowd in crowds.values():
+            assert await crowd.all_answered() == count
+            crowd.leave()
 
 
 # Files

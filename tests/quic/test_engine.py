@@ -203,6 +203,37 @@ def test_server_follows_a_client_to_other_addresses(server: str) -> None:
     assert run(work()) == (4 if server == "qh3" else 8)
 
 
+@pytest.mark.parametrize("server", ["aioquic", "qh3"])
+def test_server_is_heard_again_after_an_address_that_gave_no_answer(server: str) -> None:
+    """qh3's never is; when this fails for it, a way's old sockets (``quic.dial``) may be closed sooner."""
+    if find_spec(server) is None:
+        pytest.skip(f"{server} is not installed")
+
+    async def work() -> bool:
+        network = Network(server, "aioquic")
+        client, _ = await network.joined()
+        (home,) = network.clients
+
+        def go_to(address: tuple[str, int], *, is_open: bool) -> None:
+            network.clients = {address: client} if is_open else {}
+            client._send = lambda datagrams: [  # type: ignore[misc]
+                network._carry(data, True, network.listener.datagram_received, address) for data, _ in datagrams
+            ]
+
+        go_to(("10.0.1.1", 60_001), is_open=False)
+        client.ping()
+        await asyncio.sleep(0.1)
+        go_to(home, is_open=True)
+        for _ in range(10):
+            client.ping()
+            await asyncio.sleep(1)
+        is_heard = client.silent_for() < 2
+        await network.close()
+        return is_heard
+
+    assert run(work()) == (server == "aioquic")
+
+
 def test_aioquic_server_needs_no_retry() -> None:
     assert not select_engine("aioquic").needs_retry
 

@@ -358,7 +358,9 @@ def test_where_the_kernel_knows_no_trains_each_datagram_is_sent_and_read_by_itse
             raise OSError(errno.ENOPROTOOPT, "Protocol not available")
 
         def getsockopt(self, *option: Any) -> int:
-            raise OSError(errno.ENOPROTOOPT, "Protocol not available")
+            if option[0] == socket.IPPROTO_UDP:
+                raise OSError(errno.ENOPROTOOPT, "Protocol not available")
+            return self.sock.getsockopt(*option)
 
     monkeypatch.setattr("sys.platform", platform)
 
@@ -505,6 +507,69 @@ def test_flood_of_refusals_leaves_others_their_turns(play: Callable[..., None]) 
             await until(lambda: len(taken.refused) == 100)
         assert max(map(len, taken.refusals)) <= 64
         assert before[0] <= 64, "what came had to wait"
+        taken.socket.close()
+
+    play(work())
+
+
+@linux
+def test_refusal_waits_until_all_is_read_that_came(play: Callable[..., None]) -> None:
+    """What is behind may say that the peer has gone to another port, and is well."""
+
+    async def work() -> None:
+        taken = Taken(bound(), asks=True)
+        with bound() as moved:
+            gone = moved.getsockname()
+            for number in range(100):
+                moved.sendto(b"%d" % number, taken.socket.sock.getsockname())
+        read: list[int] = []
+
+        def answer() -> None:
+            if len(taken.datagrams) < 5:
+                taken.socket.send(b"welcome", gone)
+            if taken.refusals:
+                read.append(len(taken.datagrams))
+
+        taken.on_datagram = answer
+        await until(lambda: taken.refusals)
+        assert not read, "it was told before all was read"
+        assert len(taken.datagrams) == 100
+        taken.socket.close()
+
+    play(work())
+
+
+def test_it_is_known_up_to_when_all_that_came_was_read(play: Callable[..., None]) -> None:
+    async def work() -> None:
+        taken = Taken(bound())
+        loop = asyncio.get_running_loop()
+        later = loop.time() + 1000.0
+        known: list[float] = []
+        taken.on_datagram = lambda: known.append(taken.socket.read_until(later))
+        with bound() as sender:
+            for _ in range(100):
+                sender.sendto(b"x", taken.socket.sock.getsockname())
+            await until(lambda: len(known) == 100)
+            assert all(known[0] <= each <= loop.time() for each in known[:96])
+            assert known[96:] == [later] * 4
+            # What comes faster than it is read leaves it not known for ever: some time ago is known.
+            known.clear()
+            taken.socket._may_wait = 50_000
+
+            def again() -> None:
+                known.append(taken.socket.read_until(later))
+                if len(known) < 2000:
+                    sender.sendto(b"x", taken.socket.sock.getsockname())
+
+            taken.on_datagram = again
+            for _ in range(64):
+                sender.sendto(b"x", taken.socket.sock.getsockname())
+            await until(lambda: len(known) >= 2000)
+            assert later not in known[:1900]
+            assert len(set(known[:1900])) > 5
+            assert known[:1900] == sorted(known[:1900])
+            await until(lambda: len(known) == 2063)
+            assert known[-1] == later
         taken.socket.close()
 
     play(work())

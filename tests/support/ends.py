@@ -103,6 +103,8 @@ class Datagrams:
         self._under_way: list[tuple[float, int, list[bytes], Endpoint, Address]] = []
         self._carried = 0
         self._unread: dict[tuple[Endpoint, Address], list[bytes]] = {}
+        self._held: dict[Address, list[tuple[list[bytes], Endpoint]]] = {}  # what waits in sockets that nobody reads
+        self._waiting = dict(self._held)  # and in those that are read again
         self._outside: dict[Address, Address] = {}  # as what others see an address, where a NAT is before it
         self._inside: dict[Address, Address] = {}
 
@@ -113,8 +115,22 @@ class Datagrams:
         self._outside[address] = outside
         self._inside[outside] = address
 
+    def hold(self, address: Address) -> None:
+        """From now on nobody reads what comes there, which waits, and nothing is heard from there."""
+        self._held[address] = []
+
+    async def release(self, address: Address, at_once: int = 32, every: float = 0.01) -> None:
+        """It is read, in the order in which it came: so much at once, and every so many seconds."""
+        waiting = self._waiting[address] = self._held.pop(address)
+        while waiting:
+            some, waiting[:at_once] = waiting[:at_once], []
+            for datagrams, source in some:
+                self._hand_over(datagrams, source, address)
+            await asyncio.sleep(every)
+        del self._waiting[address]
+
     def carry(self, data: bytes, source: Endpoint, destination: Address) -> None:
-        if self.lose(source.address, destination):
+        if source.address in self._held or self.lose(source.address, destination):
             return
         unread = self._unread.get((source, destination)) if self.busy else None
         if unread is not None:
@@ -131,6 +147,13 @@ class Datagrams:
     def _deliver(self) -> None:
         _, _, datagrams, source, destination = heapq.heappop(self._under_way)
         self._unread.pop((source, destination), None)
+        waiting = self._held.get(destination, self._waiting.get(destination))
+        if waiting is not None:
+            waiting.append((datagrams, source))
+        else:
+            self._hand_over(datagrams, source, destination)
+
+    def _hand_over(self, datagrams: list[bytes], source: Endpoint, destination: Address) -> None:
         inside = self._inside.get(destination, destination)
         hidden = inside == destination and destination in self._outside
         endpoint = None if hidden else self.endpoints.get(inside)
