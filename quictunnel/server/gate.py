@@ -122,7 +122,7 @@ class Gate(LinkOwner):
 
     def link_refused(self, link: Link) -> None:
         if link.session is not None:
-            self._registry.refused(link)
+            self._registry.refused(link, self._loop.time())
 
     def link_closed(self, link: Link, why: LinkClosed) -> None:
         self._asked.discard(link)

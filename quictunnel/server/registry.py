@@ -44,6 +44,10 @@ _HELD_FOR: Final = 30.0
 # Visitors whose session by address is remembered, per tunnel.
 _ADDRESSES: Final = 4096
 
+# Seconds for which a client's port counts as closed before what it may have got is given to another. One that has only
+# gone to another address speaks there within half a second, as the pings of a link that is in use come.
+_REFUSED_WAIT: Final = 0.75
+
 
 @dataclass(frozen=True, slots=True)
 class RegistryLimits:
@@ -416,6 +420,7 @@ class Registry:
         self._sessions = 0
         self._waiting: set[Tunnel] = set()
         self._parked: set[Tunnel] = set()  # those with sessions that nobody else will offer again
+        self._refused: dict[Link, float] = {}  # whose client's host says that nobody listens there, since when
 
     def tunnel(self, name: str) -> Tunnel | None:
         """The tunnel of that name, if it was ever registered, here or elsewhere. Raises TunnelError."""
@@ -520,9 +525,13 @@ class Registry:
             session.tunnel.session_changed(session)
         session.health_text = text
 
-    def refused(self, link: Link) -> None:
-        """The client's host says that nobody listens there: what can be given to another is given at once."""
-        self._rescue(link)
+    def refused(self, link: Link, now: float) -> None:
+        """The client's host says that nobody listens there: what it never got is given to another at once.
+
+        What it may have got waits for a moment: a client that has only gone to another address is heard from there.
+        """
+        self._refused.setdefault(link, now)
+        self._rescue(link, only_unreached=True)
 
     def rescue(self) -> None:
         """Give what waits on suspect links to others that are heard; called every second or so."""
@@ -531,17 +540,17 @@ class Registry:
                 link
                 for session in tunnel.sessions.values()
                 for link in (*session.links.values(), *session.lingering)
-                if link.active and link.silent_for() > SUSPECT_AFTER
+                if link.active and link.silent_for() > SUSPECT_AFTER and link not in self._refused
             ]
             if suspects and tunnel.is_served():
                 for link in suspects:
                     self._rescue(link)
 
     @staticmethod
-    def _rescue(link: Link) -> None:
+    def _rescue(link: Link, *, only_unreached: bool = False) -> None:
         for leg in link.legs():
             if isinstance(leg, RequestLeg):
-                leg.rescue()
+                leg.rescue(only_unreached=only_unreached)
 
     def _new_tunnel(self, name: str, lost_at: float) -> Tunnel:
         if len(self.tunnels) >= self.limits.tunnels:
@@ -675,6 +684,12 @@ class Registry:
 
         Called every fraction of a second.
         """
+        for link, since in list(self._refused.items()):
+            if not link.refused or link.closed is not None:
+                del self._refused[link]
+            elif now - since >= _REFUSED_WAIT:
+                del self._refused[link]
+                self._rescue(link)
         for tunnel in list(self._parked):
             for session in list(tunnel.balance.parked):
                 if tunnel.sessions.get(session.id) is not session:

@@ -162,10 +162,16 @@ class RequestLeg(StreamLeg):
         if self._peer_paused and not leg._peer_paused:
             leg.peer.resume()
 
-    def rescue(self) -> None:
-        """Its link is dead, or as good as dead: have the request repeated if that is safe, else leave it there."""
+    def rescue(self, *, only_unreached: bool = False) -> None:
+        """Its link is dead, or as good as dead: have the request repeated if that is safe, else leave it there.
+
+        With ``only_unreached`` only if the client cannot have got any of it.
+        """
         if not self.ended and self.is_repeatable:
-            self.lost, self.unreached = True, self._never_left()
+            unreached = self._never_left()
+            if only_unreached and not unreached:
+                return
+            self.lost, self.unreached = True, unreached
             if self.unreached or self.is_idempotent:
                 if self.link is not None and self.stream_id >= 0 and not self.may_send:
                     # Though all has been said: whatever the library would repeat must not come to a backend any more.

@@ -380,7 +380,8 @@ def test_link_whose_local_address_is_gone_goes_on_from_another_with_its_streams(
     on_all(scenario)
 
 
-def test_nat_that_forgets_again_and_again_costs_no_request(on_all: Play) -> None:
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_nat_that_forgets_again_and_again_costs_no_request(on_all: Play, method: str) -> None:
     async def scenario(ends: Ends) -> None:
         backend = Backend(0.1)
         await ends.connected(backend)
@@ -389,7 +390,7 @@ def test_nat_that_forgets_again_and_again_costs_no_request(on_all: Play) -> None
             for address in ends.client_addresses():
                 ends.network.rebind(address)
             for _ in range(10):
-                visits.append(ends.visit("/", "Content-Length: 0", method="POST"))
+                visits.append(ends.visit("/", "Content-Length: 0", method=method))
                 await asyncio.sleep(0.1)
         await ends.until(lambda: all(visit.status for visit in visits), 40)
         assert {visit.status for visit in visits} == {200}
