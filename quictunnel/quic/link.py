@@ -335,6 +335,11 @@ class Link:
             self.ping()  # a peer with nothing to send has no packet to raise its limit in
         return False
 
+    @property
+    def filling(self) -> bool:
+        """Whether streams have something to write at the end of this turn, and one more would leave with them."""
+        return 0 < len(self._dirty) < self._burst
+
     def attach(self, leg: StreamLeg) -> None:
         """Give one of our slots to ``leg``; its stream is opened by the first flush that has bytes for it."""
         self.active += 1

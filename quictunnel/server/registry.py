@@ -80,6 +80,7 @@ class Session:
 
     __slots__ = (
         "_aside_for",
+        "_last",
         "_order",
         "agent",
         "aside_until",
@@ -117,6 +118,7 @@ class Session:
         self.since = since
         self.links: dict[int, Link] = {}
         self._order: LinkOrder[Link] | None = None  # of many links, until other ones are there
+        self._last: Link | None = None  # which was chosen last, likewise
         self.lingering: set[Link] = set()  # replaced or retired, their exchanges still count
         self.weight = 1
         self.in_flight = 0
@@ -162,9 +164,17 @@ class Session:
     def choose_link(self, now: float) -> Link | None:
         """The link with the most room of those that were heard lately; None when no slot is free.
 
+        But requests of one moment go together as long as they leave together (``Link.filling``): a packet for each
+        of them, and one to acknowledge each, costs both ends more than all the rest of a small request.
+
         What would be sent on a suspect link would wait for its idle time-out. In the queue it waits for the link that
         the client dials beside it, and is refused in time.
         """
+        if self._last is None or not self._last.filling or not _fits(self._last):
+            self._last = self._least_loaded(now)
+        return self._last
+
+    def _least_loaded(self, now: float) -> Link | None:
         if len(self.links) > _FEW_LINKS:
             if self._order is None:
                 self._order = LinkOrder(self.links.values())
@@ -181,7 +191,7 @@ class Session:
 
     def links_changed(self) -> None:
         """Other links are there, or one takes nothing new any more."""
-        self._order = None
+        self._order = self._last = None
 
     def is_leaving(self) -> bool:
         """Whether its client has said that it takes nothing new."""

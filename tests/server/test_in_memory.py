@@ -218,7 +218,10 @@ def test_links_no_longer_needed_are_retired_without_a_lost_request(on_all: Play)
         await ends.until(lambda: all(not link.active and link.has_slot() for link in session.links.values()))
         most = len(session.links)
         backend.after = None
-        kept = [ends.visit() for _ in range(most)]  # one on each link
+        kept = []
+        for _ in range(most):  # one on each link: those of one moment would go together
+            kept.append(ends.visit())
+            await asyncio.sleep(0.002)
         await ends.until(lambda: len(backend.open_requests) == most)
         await ends.until(lambda: len(session.links) == 1, 200)
         assert len(session.lingering) == most - 1

@@ -25,9 +25,9 @@ def pings(agent: Any) -> int:
     return sum(link._ping_count for link in agent.links)
 
 
-async def grown(ends: Ends, links: int) -> Any:
+async def grown(ends: Ends, links: int, backend: Backend | None = None) -> Any:
     """A client that has so many links, because it was asked to."""
-    agent = await ends.connected(max_links=links)
+    agent = await ends.connected(backend, max_links=links)
     agent._grow(0, links)
     await ends.until(lambda: len(ends.session().links) == links)
     return agent
@@ -90,6 +90,61 @@ def test_one_dead_link_of_many_does_not_make_the_others_suspect(on_each: Play) -
         assert await ends.until(lambda: keeper.suspect, 10.0) < 4.0
         assert [each.slot.number for each in agent._keepers.values() if each.suspect] == [7]
         assert pings(agent) - before < 12 * 8, "the others were asked once, not for as long as it is dead"
+
+    on_each(scenario)
+
+
+# Which of them requests are given to
+
+
+@pytest.mark.parametrize("links", [4, 12])
+def test_requests_of_one_moment_leave_in_one_packet_however_many_links_there_are(on_each: Play, links: int) -> None:
+    async def scenario(ends: Ends) -> None:
+        await grown(ends, links)
+        await asyncio.sleep(1.0)
+        there = list(ends.session().links.values())
+        before = [link.sent for link in there]
+        visits = [ends.visit() for _ in range(8)]
+        await asyncio.sleep(0)
+        assert sorted(link.sent - sent for link, sent in zip(there, before, strict=True)) == [0] * (links - 1) + [1]
+        await ends.until(lambda: all(visit.status == 200 for visit in visits))
+
+    on_each(scenario)
+
+
+def test_link_takes_no_more_of_one_moment_than_leaves_together(on_each: Play) -> None:
+    async def scenario(ends: Ends) -> None:
+        ends.server.registry.limits = RegistryLimits()
+        await grown(ends, 12, Backend(None))
+        burst = ends.server.links.engine.burst
+        visits = [ends.visit() for _ in range(5 * burst + 1)]
+        there = ends.session().links.values()
+        assert sorted(link.active for link in there) == [0] * 6 + [1] + [burst] * 5
+        await asyncio.sleep(1.0)
+        assert not any(visit.status for visit in visits)
+
+    on_each(scenario)
+
+
+def test_requests_of_many_moments_are_spread_over_all_links(on_each: Play) -> None:
+    async def scenario(ends: Ends) -> None:
+        await grown(ends, 12, Backend(None))
+        for _ in range(24):
+            ends.visit()
+            await asyncio.sleep(0.001)
+        assert [link.active for link in ends.session().links.values()] == [2] * 12
+
+    on_each(scenario)
+
+
+def test_request_of_the_same_moment_avoids_a_link_that_is_refused_meanwhile(on_each: Play) -> None:
+    async def scenario(ends: Ends) -> None:
+        await grown(ends, 4, Backend(None))
+        ends.visit()
+        (taken,) = (link for link in ends.session().links.values() if link.active)
+        taken.refused = True
+        ends.visit()
+        assert taken.active == 1
 
     on_each(scenario)
 

@@ -29,6 +29,7 @@ class FakeLink:
         self.draining = False
         self.closed: object = None
         self.silence = 0.0
+        self.filling = False
         self.legs: list[FakeLeg] = []
         self.messages: list[object] = []
         self.on_attach: Callable[[], None] = lambda: None
@@ -121,6 +122,14 @@ def test_request_goes_to_the_link_with_the_most_room(registry: Registry) -> None
         leg.end(registry)
     asked(registry, 5)
     assert [link.active for link in links] == [10, 10, 10]
+
+
+def test_full_link_takes_nothing_more_though_others_leave_on_it(registry: Registry) -> None:
+    links = [joined(registry, index=index, slots=3) for index in range(3)]
+    for link in links:
+        link.filling = True
+    asked(registry, 8)
+    assert sorted(link.active for link in links) == [2, 3, 3]
 
 
 def test_request_goes_to_the_session_with_the_fewest_in_flight(registry: Registry) -> None:
