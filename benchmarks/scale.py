@@ -4,6 +4,7 @@ exchanges   a request, and a second in which nothing happens, beside so many req
 links       the same by a client of so many links
 sessions    the same beside so many clients, each with a tunnel of its own
 clients     the same by one tunnel of so many clients
+flight      a request with so many under way, 32 new ones in each turn of the event loop; and its datagrams
 visitors    the same beside so many idle connections of visitors
 websockets  10,000 idle WebSockets on one client: real processes, real sockets
 longpolls   10,000 requests that a backend does not answer yet, likewise
@@ -20,7 +21,9 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import random
 import re
+import statistics
 import sys
 import tempfile
 import time
@@ -44,6 +47,14 @@ from tests.support.processes import Processes
 
 BATCH = 20
 "requests at a time, fewer than make a client open another link"
+
+TURN = 32
+"requests that begin in one turn of the event loop: as many as datagrams that are read in one"
+
+ANSWER = 100
+"bytes"
+
+IN_FLIGHT = (1, 64, 256, 1000, 4000)
 
 COUNTS = (1, 10, 100, 1000, 10_000)
 
@@ -138,6 +149,7 @@ class Forged:
     """A link that takes nothing."""
 
     active = 100
+    filling = False
     draining = False
     closed = None
     answered_at = 0.0
@@ -187,7 +199,7 @@ def in_memory(figure: str, engine: str, arguments: argparse.Namespace) -> None:
     print(f"| {figure} ({engine}) | us a request | to the row before | us an idle second | to the row before |")
     print(f"|{'---|' * 5}")
     before: Cost | None = None
-    for count in (count for count in COUNTS if count <= min(most, arguments.most)):
+    for count in (count for count in COUNTS if arguments.least <= count <= min(most, arguments.most)):
         found: list[Cost] = []
         gc.unfreeze()  # what the row before has left
         gc.collect()
@@ -203,6 +215,98 @@ def in_memory(figure: str, engine: str, arguments: argparse.Namespace) -> None:
         ratios = ["", ""] if before is None else [f"{a / b:.2f}" for a, b in zip(now, before, strict=True)]
         print(f"| {count:,} | {now.request:.0f} | {ratios[0]} | {now.idle:.0f} | {ratios[1]} |", flush=True)
         before = now
+
+
+# So many under way, a few new ones in each turn
+
+
+class Asking(VisitorTransport):
+    """A visitor's connection that is kept; ``answered`` is told when it has its whole answer, of as many ``x``."""
+
+    def __init__(self, ends: Ends, answered: Callable[["Asking"], None]) -> None:
+        super().__init__()
+        self.answered = answered
+        self.connection = VisitorConnection(ends.server.visitors)
+        self.protocol = self.connection
+        self.connection.connection_made(self)
+
+    def ask(self) -> None:
+        self.left = ANSWER
+        self.connection.data_received(b"GET / HTTP/1.1\r\nHost: app.localhost\r\n\r\n")
+
+    def write(self, data: Any) -> None:
+        self.left -= data.count(b"x")
+        if not self.left:
+            self.answered(self)
+
+
+class Late(Backend):
+    """Answers after ``after`` seconds, or at random between half and one and a half of that."""
+
+    apart = False
+
+    def on_request(self, request: Request) -> None:
+        assert self.after is not None
+        after = self.after * random.uniform(0.5, 1.5) if self.apart else self.after
+        asyncio.get_running_loop().call_later(after, request.answer, 200, b"x" * ANSWER)
+
+
+class Flight(NamedTuple):
+    """CPU microseconds and datagrams of a request, both ends, and how many links there were."""
+
+    request: float
+    packets: float
+    links: int
+
+
+async def flight(ends: Ends, count: int, requests: int, *, apart: bool) -> Flight:
+    """What a request costs with so many under way, of which ``TURN`` begin in each turn of the event loop."""
+    turn = min(count, TURN)
+    ends.network.delay = 0.0001
+    backend = Late()
+    agent = await ends.connected(backend, max_links=256)
+    idle: list[Asking] = [Asking(ends, lambda each: idle.append(each)) for _ in range(2 * count)]
+
+    async def some(number: int) -> None:
+        for _ in range(number // turn):
+            for _ in range(turn):
+                (idle.pop() if idle else Asking(ends, lambda each: idle.append(each))).ask()
+            await asyncio.sleep(0.001)
+
+    backend.after = 0.001 * count / turn
+    backend.apart = apart
+    await some(6 * count)
+    await asyncio.sleep(1.0)
+    await some(2 * count)
+    calm_collector()
+    both = lambda: sum(link.sent for link in (*agent.links, *ends.server.links.links))  # noqa: E731
+    sent, began = both(), time.process_time()
+    await some(requests)
+    used = time.process_time() - began
+    return Flight(1e6 * used / requests, (both() - sent) / requests, len(agent.links))
+
+
+def in_flight(engine: str, arguments: argparse.Namespace) -> None:
+    """Print the rows as they come."""
+    print(f"| under way ({engine}) | answers | us a request | datagrams a request | links |\n|{'---|' * 5}")
+    for count in (count for count in IN_FLIGHT if arguments.least <= count <= arguments.most):
+        for apart in (False, True):
+            found: list[Flight] = []
+
+            async def scenario(
+                ends: Ends, count: int = count, apart: bool = apart, found: list[Flight] = found
+            ) -> None:
+                ends.server.visitors.limits = VisitorLimits(connections=30_000, idle_time=1e6)
+                found.append(await flight(ends, count, max(arguments.requests, count), apart=apart))
+
+            for _ in range(arguments.repeats):
+                gc.unfreeze()
+                gc.collect()
+                with tempfile.TemporaryDirectory() as directory:
+                    play(scenario, (engine, engine), Path(directory))
+            cost, packets, links = (statistics.median(each) for each in zip(*found, strict=True))
+            how = "apart" if apart else "together"
+            print(f"| {count:,} | {how} | {cost:.0f} | {packets:.2f} | {links:.0f} |", flush=True)
 
 
 # Ten thousand that stay open
@@ -299,7 +403,7 @@ async def stay_open(figure: str, engine: str, arguments: argparse.Namespace) -> 
         print(f"| | {' | '.join(str(each) for each in row.values())} |", flush=True)
 
 
-FIGURES = (*IN_MEMORY, "websockets", "longpolls")
+FIGURES = (*IN_MEMORY, "flight", "websockets", "longpolls")
 
 
 def main() -> None:
@@ -308,7 +412,9 @@ def main() -> None:
     parser.add_argument("figures", nargs="+", choices=[*FIGURES, "all"], metavar="FIGURE")
     parser.add_argument("--engine", default="qh3,aioquic", help="of both sides; several with commas")
     parser.add_argument("--most", type=int, default=10_000, help="how many there are at most")
+    parser.add_argument("--least", type=int, default=1, help="how many there are at least")
     parser.add_argument("--requests", type=int, default=400, help="that are measured in each row")
+    parser.add_argument("--repeats", type=int, default=3, help="of flight, of which the medians are shown")
     parser.add_argument("--seconds", type=float, default=20.0, help="of idling that are measured, of what stays open")
     arguments = parser.parse_args()
     logger.remove()
@@ -317,6 +423,9 @@ def main() -> None:
             print()
             if figure in IN_MEMORY:
                 in_memory(figure, engine, arguments)
+                continue
+            if figure == "flight":
+                in_flight(engine, arguments)
                 continue
             with asyncio.Runner(loop_factory=loop_factory()) as runner:
                 runner.run(stay_open(figure, engine, arguments))
