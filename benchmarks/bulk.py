@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from run import Place, process, tunnel
+from ends import Place, process, tunnel
 
 BLOCK = 1 << 20
 MEGABYTE = 1_000_000

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from run import process
+from ends import process
 
 SETTLE = 5.0
 "seconds before memory is looked at"

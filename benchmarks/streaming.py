@@ -184,7 +184,7 @@ def upload(address: tuple[str, int], host: str, count: int, every: float) -> Del
 
 def main() -> int:
     """Measure and print."""
-    from run import tunnel
+    from ends import tunnel
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", default="aioquic,qh3")
@@ -209,8 +209,8 @@ def main() -> int:
                 ("upload", upload, backend.target),
                 ("tokens of an application", download, "streaming:app"),
             ):
-                with tempfile.TemporaryDirectory() as directory, tunnel(Path(directory), engine, target) as address:
-                    host, port = address.rsplit(":", 1)
+                with tempfile.TemporaryDirectory() as directory, tunnel(Path(directory), engine, target) as place:
+                    host, port = place.address.rsplit(":", 1)
                     found = measure((host, int(port)), "bench.localhost", arguments.count, arguments.every)
                 show(way, engine, found)
     return 0
