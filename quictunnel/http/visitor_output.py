@@ -102,10 +102,14 @@ class VisitorOutput(asyncio.Protocol):
         """Write what is waiting."""
         out = self._out
         if out and not self._closing:
+            large = self._out_size >= WRITE_SIZE
             self._out = []
             self._out_size = 0
             self.committed = True
-            self._transport.write(b"".join(out))
+            if large:
+                self._transport.writelines(out)  # uvloop has the kernel put them together
+            else:
+                self._transport.write(b"".join(out))
 
     def flushed(self) -> None:
         """The loop's turn is over."""

@@ -171,16 +171,18 @@ class StreamLeg(Leg):
             self._out.append(encode_data(data))
             self._out.append(data)
             return
+        # Views: the flush copies what is sent, and a receiver that grants byte after byte must not cost a copy of the
+        # rest each time.
+        view = memoryview(data)
         position = 0
         while position < size:
             step = credit.spend(min(size - position, _DATA_LIMIT))
             if not step:
-                # A view: a receiver that grants byte after byte must not cost a copy of the rest each time.
                 if self._held is None:
                     self._held = deque()
-                self._held.appendleft(memoryview(data)[position:])
+                self._held.appendleft(view[position:])
                 return
-            chunk = data[position : position + step]
+            chunk = view[position : position + step]
             self._out.append(encode_data(chunk))
             self._out.append(chunk)
             position += step

@@ -186,6 +186,17 @@ def test_a_reader_that_stops_stops_the_sender_at_the_window(play: Callable[[Scen
     play(scenario)
 
 
+def test_body_larger_than_a_frame_is_not_copied_until_it_leaves(play: Callable[[Scenario], None]) -> None:
+    async def scenario(network: Network, client: Link, server: Link) -> None:
+        data = b"x" * (3 * INITIAL_WINDOW)
+        leg, _ = opened(network, server, GET._replace(body=True), Data(data))
+        views = [part for part in (*leg._out, *(leg._held or ())) if isinstance(part, memoryview)]
+        assert sum(len(view) for view in views) == len(data)
+        assert all(view.obj is data for view in views)
+
+    play(scenario)
+
+
 def test_one_stopped_reader_does_not_hold_up_the_others(play: Callable[[Scenario], None]) -> None:
     async def scenario(network: Network, client: Link, server: Link) -> None:
         network.client_owner.on_request = answer(OK, Data(b"y" * 3_000_000), End())

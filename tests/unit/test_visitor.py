@@ -372,6 +372,17 @@ async def test_a_head_waits_for_its_body_one_turn_at_most() -> None:
         assert transport.writes[1:] == [b"3\r\none\r\n", b"3\r\ntwo\r\n5\r\nthree\r\n"]
 
 
+async def test_much_is_handed_to_the_transport_as_it_came_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    with edge() as site:
+        connection, transport = site.connect()
+        connection.data_received(GET)
+        handed: list[object] = []
+        monkeypatch.setattr(transport, "writelines", handed.extend)
+        data = b"x" * 70000
+        site.peer.answer(ResponseHead(200, [(b"content-length", b"70000")]), Data(data), End())
+        assert any(part is data for part in handed)
+
+
 async def test_much_is_written_before_the_turn_is_over() -> None:
     with edge() as site:
         connection, transport = site.connect()
