@@ -185,12 +185,12 @@ async def visitors(ends: Ends, count: int) -> None:
 
 IN_MEMORY: dict[str, tuple[Callable[[Ends, int], Awaitable[None]], int]] = {
     "exchanges": (exchanges, 10_000),
-    "links": (links, 100),
+    "links": (links, 256),
     "sessions": (sessions, 10_000),
     "clients": (clients, 1000),
     "visitors": (visitors, 10_000),
 }
-"what makes them, and how many there may be: 256 links of a session, 1,024 clients of a tunnel"
+"what makes them, and how many there may be: a session has 256 links at most, a tunnel 1,024 clients"
 
 
 def in_memory(figure: str, engine: str, arguments: argparse.Namespace) -> None:
@@ -199,7 +199,8 @@ def in_memory(figure: str, engine: str, arguments: argparse.Namespace) -> None:
     print(f"| {figure} ({engine}) | us a request | to the row before | us an idle second | to the row before |")
     print(f"|{'---|' * 5}")
     before: Cost | None = None
-    for count in (count for count in COUNTS if arguments.least <= count <= min(most, arguments.most)):
+    counts = sorted({min(count, most, arguments.most) for count in COUNTS})
+    for count in (count for count in counts if count >= arguments.least):
         found: list[Cost] = []
         gc.unfreeze()  # what the row before has left
         gc.collect()
