@@ -23,6 +23,8 @@ __all__ = ["WRITE_SIZE", "VisitorOutput"]
 
 # Bytes that are not kept for the end of the turn: copying more together costs more than another write.
 WRITE_SIZE: Final = 64 * 1024
+# Bytes that pieces have in the mean which are written as they are: of smaller ones each costs more than its copy.
+_LARGE_PIECE: Final = 4096
 # Seconds between two questions of TCP's to a silent visitor; by default the first comes after two hours.
 _KEEP_ALIVE: Final = 15
 
@@ -102,11 +104,11 @@ class VisitorOutput(asyncio.Protocol):
         """Write what is waiting."""
         out = self._out
         if out and not self._closing:
-            large = self._out_size >= WRITE_SIZE
+            in_pieces = self._out_size >= WRITE_SIZE and self._out_size >= _LARGE_PIECE * len(out)
             self._out = []
             self._out_size = 0
             self.committed = True
-            if large:
+            if in_pieces:
                 self._transport.writelines(out)  # uvloop has the kernel put them together
             else:
                 self._transport.write(b"".join(out))
