@@ -102,6 +102,8 @@ class ReinedConnection(QuicConnection):
         self._hasty = 0  # bursts since then, counted down
         self._asked = 0  # datagrams that count for the pacer
         self._ahead = 0.0  # seconds of qh3's clock before the caller's
+        self._peer: Any = None  # where the last datagram came from
+        self._home: Any = None  # what is passed off as that, once the size has fallen
 
     # Sending
 
@@ -164,7 +166,7 @@ class ReinedConnection(QuicConnection):
                         break  # what follows from small datagrams is in it
                     asked += 1
             self._settled, self._heard = True, False
-            return datagrams
+            return datagrams if self._home is None else self._to_peer(datagrams)
         except RuntimeError as error:
             # What waits first is larger than may be sent to an address that is not proved yet, three times what came
             # from there. More is about to come.
@@ -295,6 +297,7 @@ class ReinedConnection(QuicConnection):
         self._now = now = now + self._ahead
         if not data:
             return
+        self._peer, addr = addr, self._home or addr
         if not self._handshake_complete or data[0] & 0x80:
             super().receive_datagram(data, addr, now)
             return
@@ -310,7 +313,12 @@ class ReinedConnection(QuicConnection):
         self._drain_core()
 
     def receive_many_datagrams(self, datagrams: list[bytes], addr: Any, now: float) -> None:
+        self._peer, addr = addr, self._home or addr
         super().receive_many_datagrams(datagrams, addr, now + self._ahead)
+
+    def _to_peer(self, datagrams: list[tuple[bytes, Any]]) -> list[tuple[bytes, Any]]:
+        home = self._home[:2]
+        return [(data, self._peer if address[:2] == home else address) for data, address in datagrams]
 
     def connect(self, addr: Any, now: float) -> None:
         self._now = now
@@ -371,8 +379,9 @@ class ReinedConnection(QuicConnection):
         """Be ready for datagrams of up to ``size`` bytes: said before anything is sent or received."""
         size = min(size, LARGEST)
         if not self._is_client and size < LARGEST:
-            # A server whose size has had to fall takes no more of a client's address: qh3 forgets to lower it for paths
-            # to come. Only the loopback is known to carry what it says.
+            # A server whose size has had to fall breaks at a client's other address: qh3 forgets to lower it for paths
+            # to come. Only the loopback is known to carry what it says, and who has its addresses: there the other
+            # address is passed off as the one before.
             return
         if size > BASE and self._core is None:
             self._configuration = copy.copy(self._configuration)
@@ -401,6 +410,8 @@ class ReinedConnection(QuicConnection):
         """Send datagrams of up to ``size`` bytes from now on, and never larger ones again."""
         self._held = 0
         if self._core is not None and size < self.datagram_limit:
+            if not self._is_client and self._home is None:
+                self._home = self._peer
             told = None if self._tls is None else self._tls.remote_transport_parameters
             known = QuicTransportParameters() if told is None else told
             self._call_core(

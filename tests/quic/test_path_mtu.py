@@ -249,3 +249,24 @@ def test_a_link_whose_path_changes_measures_the_new_one(engines: tuple[str, str]
         await network.until(lambda: client.datagram_size == 1232, 10.0)
 
     play(scenario, first_hop=1472)
+
+
+def test_a_link_whose_datagrams_have_become_small_goes_on_from_another_address(play: Callable[..., None]) -> None:
+    async def scenario(network: Network, client: Link, server: Link) -> None:
+        echo(network)
+        await kept(client, 4.0, 0.5)
+        assert server.datagram_size == LARGEST
+        server._path_fell()
+        (home,) = network.clients
+        for address in (("10.0.1.1", 60_001), home, ("10.0.1.1", 60_002)):
+            network.clients = {address: client}
+            client._send = lambda datagrams, source=address: [  # type: ignore[misc]
+                network._carry(data, True, network.listener.datagram_received, source) for data, _ in datagrams
+            ]
+            await kept(client, 4.0, 0.5)
+            assert client.silent_for() < 1.0
+            assert server.address == address
+            await exchanged(network, server)
+        assert server.closed is None
+
+    play(scenario)
