@@ -298,7 +298,8 @@ def test_what_is_not_tls_is_closed_and_nothing_is_said_of_it(tunnel: Tunnel) -> 
             assert b"HTTP" not in got
     with visitor(tunnel) as made:
         os.write(made.sock.fileno(), os.urandom(500))
-        assert not made.read_all()[1]
+        # Nothing is under way that a goodbye could make look complete: Python 3.11.2 says one, later ones do not.
+        assert not made.read_all()[0]
     assert tunnel.server.log[before:] == ""
     assert ask(tunnel, "app.localhost").startswith(b"HTTP/1.1 200 ")
 
