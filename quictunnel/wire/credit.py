@@ -128,7 +128,7 @@ class ReceiveCredit:
             pace = (now - then) / (self.received - counted)
             before = self._pace
             if pace < before:
-                self._pace = pace if before is inf else (pace + before) / 2
+                self._pace = pace if before == inf else (pace + before) / 2
             else:
                 self._pace = 0.75 * before + 0.25 * min(pace, _SLOWEST * before)
             unit = round_trip + _TURN
