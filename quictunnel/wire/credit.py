@@ -26,8 +26,14 @@ INITIAL_WINDOW: Final = 256 * 1024
 # it.
 MAXIMUM_WINDOW: Final = 8 * 1024 * 1024
 
-_TURN: Final = 0.00125
-"seconds beside the round trip in which an end comes to reading and granting: an event loop's turn under load"
+_TURN: Final = 0.0005
+"seconds beside the round trip in which an end comes to reading and granting: an event loop's turn"
+
+_TICK: Final = 0.001
+"seconds that a round trip may seem longer than it is, as uvloop's clock counts them"
+
+_MEASURED: Final = 3 * _TICK
+"seconds over which a pace is measured at least"
 
 _DOUBLES_BELOW: Final = 3
 _HALVES_ABOVE: Final = 8
@@ -92,11 +98,11 @@ class SendCredit:
 class ReceiveCredit:
     """The receiver's side of one direction."""
 
-    __slots__ = ("_budget", "_counted", "_granted_at", "_pace", "limit", "received", "window")
+    __slots__ = ("_budget", "_counted", "_measured_at", "_pace", "limit", "received", "window")
 
     def __init__(self, budget: WindowBudget) -> None:
         self._budget = budget
-        self._granted_at: float | None = None
+        self._measured_at: float | None = None
         self._counted = 0  # bytes that had been received then
         self._pace = inf  # seconds for a byte, of late
         self.window = INITIAL_WINDOW
@@ -122,28 +128,32 @@ class ReceiveCredit:
         window = self.window
         if self.limit - self.received > window // 2:
             return None
-        then, counted = self._granted_at, self._counted
-        self._granted_at, self._counted = now, self.received
-        if then is not None and round_trip is not None:
-            pace = (now - then) / (self.received - counted)
-            before = self._pace
+        then = self._measured_at
+        if then is None:
+            self._measured_at, self._counted = now, self.received
+        elif now - then >= _MEASURED:
+            pace, before = (now - then) / (self.received - self._counted), self._pace
+            self._measured_at, self._counted = now, self.received
             if pace < before:
                 self._pace = pace if before == inf else (pace + before) / 2
             else:
                 self._pace = 0.75 * before + 0.25 * min(pace, _SLOWEST * before)
-            unit = round_trip + _TURN
-            taken_in = self._pace * window
-            if taken_in < _DOUBLES_BELOW * unit:
-                if window < MAXIMUM_WINDOW and self._budget.take(window):
-                    self.window = 2 * window
-            elif taken_in > _HALVES_ABOVE * unit and window > INITIAL_WINDOW:
-                self.window = window // 2
-                self._budget.give_back(self.window)
+            if round_trip is not None:
+                self._fit(self._pace * window, max(0.0, round_trip - _TICK) + _TURN)
         limit = self.received + self.window
         if limit <= self.limit:
             return None
         self.limit = limit
         return limit
+
+    def _fit(self, taken_in: float, unit: float) -> None:
+        window = self.window
+        if taken_in < _DOUBLES_BELOW * unit:
+            if window < MAXIMUM_WINDOW and self._budget.take(window):
+                self.window = 2 * window
+        elif taken_in > _HALVES_ABOVE * unit and window > INITIAL_WINDOW:
+            self.window = window // 2
+            self._budget.give_back(self.window)
 
     def release(self) -> None:
         """The direction is over: its share of the budget goes back."""
