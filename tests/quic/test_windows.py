@@ -2,6 +2,7 @@
 
 import pytest
 
+from quictunnel.exchange import VOID
 from quictunnel.wire.frames import Data, End, Frame, RequestHead, ResponseHead
 from tests.support.clock import run
 from tests.support.memory import Network, Recorder, opened
@@ -33,10 +34,14 @@ async def download(network: Network) -> Endless:
     backend.peer.receive(ResponseHead(200, []))
 
     def go_on() -> None:
-        while not backend.paused:
+        while not backend.paused and backend.peer is not VOID:
             backend.peer.receive(Data(PIECE))
 
-    backend.resume = lambda: (setattr(backend, "paused", False), network.loop.call_soon(go_on))[1]  # type: ignore[method-assign]
+    def resume() -> None:
+        backend.paused = False
+        network.loop.call_soon(go_on)
+
+    backend.resume = resume  # type: ignore[method-assign]
     go_on()
     return visitor
 
