@@ -99,17 +99,19 @@ class _File:
 
     Each write appends whole lines by one system call, and looks first whether the name still means the file that is
     open. Whoever finds it full renames it under a lock on the file itself; who does not get the lock, or gets it too
-    late, writes on into the file that the name means then.
+    late, writes on into the file that the name means then. A lock is that of whoever opened the file, and a forked
+    process would share its parent's: so each opens it for itself.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor = -1
+        self._opened_by = 0
         self._open()
 
     def write(self, text: str) -> None:
         data = text.encode("utf-8")
-        if not self._is_current():
+        if self._opened_by != os.getpid() or not self._is_current():
             self._open()
         size = os.fstat(self._descriptor).st_size
         if size and size + len(data) > FILE_SIZE:
@@ -125,6 +127,7 @@ class _File:
     def _open(self) -> None:
         self.stop()
         self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._opened_by = os.getpid()
 
     def _is_current(self) -> bool:
         try:
