@@ -1,28 +1,14 @@
 """A process that does not run for a while, as its machine sleeps, is busy or stops it: nothing open is lost by it."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from quictunnel.server.probes import PROBE_EVERY
-from tests.support.ends import Backend, Ends, Visit, play
-
-Play = Callable[[Callable[[Ends], Coroutine[Any, Any, None]]], None]
+from tests.server.conftest import Play
+from tests.support.ends import Backend, Ends, Visit
 
 pytestmark = pytest.mark.either
-
-
-@pytest.fixture
-def on_all(engines: tuple[str, str], tmp_path: Path) -> Play:
-    return lambda scenario: play(scenario, engines, tmp_path)
-
-
-@pytest.fixture
-def on_each(engine: str, tmp_path: Path) -> Play:
-    return lambda scenario: play(scenario, (engine, engine), tmp_path)
 
 
 async def waiting(ends: Ends, backend: Backend, count: int, method: str) -> list[Visit]:

@@ -1,9 +1,6 @@
 """Several clients of one tunnel that come, go and fail, in memory and under a turned clock: what visitors notice."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,21 +9,10 @@ from quictunnel.server.registry import Session
 from quictunnel.wire.control import PROBE_CAPABILITY, Health
 from quictunnel.wire.errors import ErrorCode, TunnelError
 from quictunnel.wire.frames import Data, ResponseHead
-from tests.support.ends import Backend, Ends, Request, Visit, play
-
-Play = Callable[[Callable[[Ends], Coroutine[Any, Any, None]]], None]
+from tests.server.conftest import Play
+from tests.support.ends import Backend, Ends, Request, Visit
 
 pytestmark = pytest.mark.either
-
-
-@pytest.fixture
-def on_all(engines: tuple[str, str], tmp_path: Path) -> Play:
-    return lambda scenario: play(scenario, engines, tmp_path)
-
-
-@pytest.fixture
-def on_each(engine: str, tmp_path: Path) -> Play:
-    return lambda scenario: play(scenario, (engine, engine), tmp_path)
 
 
 class Refusing(Backend):

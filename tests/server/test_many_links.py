@@ -1,23 +1,15 @@
 """One client with very many links: what they cost when nothing happens, and how soon it is known that they are dead."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from quictunnel.server.registry import RegistryLimits
-from tests.support.ends import Backend, Ends, play
-
-Play = Callable[[Callable[[Ends], Coroutine[Any, Any, None]]], None]
+from tests.server.conftest import Play
+from tests.support.ends import Backend, Ends
 
 pytestmark = pytest.mark.either
-
-
-@pytest.fixture
-def on_each(engine: str, tmp_path: Path) -> Play:
-    return lambda scenario: play(scenario, (engine, engine), tmp_path)
 
 
 def pings(agent: Any) -> int:

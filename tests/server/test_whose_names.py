@@ -1,27 +1,18 @@
 """Names and custom hosts with whole ends, in memory: what visitors and strangers notice in the gap of a restart."""
 
-from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from quictunnel.wire.control import Refuse, Welcome
-from tests.support.ends import Ends, play
+from tests.server.conftest import Play
+from tests.support.ends import Ends
 from tests.support.hostile import HostileClient
-
-Play = Callable[[Callable[[Ends], Coroutine[Any, Any, None]]], None]
 
 pytestmark = pytest.mark.either
 
 HOSTS = ["*.example.org", "shop.example.com"]
-
-
-@pytest.fixture
-def on_each(engine: str, tmp_path: Path) -> Play:
-    return lambda scenario: play(scenario, (engine, engine), tmp_path)
 
 
 def test_host_of_a_client_leads_to_it_and_to_nobody_else(on_each: Play) -> None:
